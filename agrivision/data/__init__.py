@@ -1,0 +1,1 @@
+"""Files → batches: sources, shards, the order of samples, decoding and augmentation."""

@@ -1,0 +1,1 @@
+"""Where tiles come from: Agriculture-Vision folders, pairs of rasters, invented fields."""

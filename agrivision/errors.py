@@ -1,0 +1,70 @@
+"""The errors that users meet, and the exit codes that schedulers read.
+
+Every error carries one line that says what is wrong, where, and what to do. `agrivision.cli` prints
+that line and leaves with the error's code; a traceback therefore always means a bug in this package.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """How a command ended: a contract with the launch scripts and with users' own."""
+
+    DONE = 0
+    FAILED = 1  # trying again may help: a full disk, a lost peer
+    BAD_INPUT = 2  # wrong usage or bad input: somebody has to change something
+    STOPPED = 85  # checkpointed on request, wants another turn
+    HOPELESS = 86  # failed, and trying again cannot help
+
+
+class AgrivisionError(Exception):
+    """Base of all errors that are shown to users as one line."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+
+
+class BadInput(AgrivisionError):
+    """What the user gave cannot be used; the message says what to change."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class ConfigurationError(BadInput):
+    """A key, a value or a combination of the configuration."""
+
+
+class SourceError(BadInput):
+    """Imagery or labels that `prepare` or `predict` cannot read."""
+
+
+class DatasetError(BadInput):
+    """A prepared data set that is missing, not whole or not what it says it is."""
+
+
+class CheckpointError(BadInput):
+    """A checkpoint or run directory that is missing, damaged or of another model."""
+
+
+class RunMismatch(BadInput):
+    """A run directory that belongs to another configuration or another data set."""
+
+
+class NotWritable(BadInput):
+    """A place that may not be written: no permission, a read-only file system, no such folder."""
+
+
+class StorageError(AgrivisionError):
+    """Writing failed: a full disk, a quota, a file system that went away."""
+
+
+class PeerLost(AgrivisionError):
+    """Another rank of the run failed or disappeared."""
+
+
+class Diverged(AgrivisionError):
+    """The loss was not finite too often in a row: the same run would do it again."""
+
+    exit_code = ExitCode.HOPELESS

@@ -1,0 +1,1 @@
+"""The score: the confusion matrix of the challenge, and tiles by class presence."""

@@ -1,0 +1,1 @@
+"""Trained runs at work: tiles and scenes → class ids and maps."""
