@@ -28,6 +28,7 @@ class World:
         master_address: host that the ranks meet at.
         master_port: TCP port there.
         launcher: what started the process.
+        rendezvous_file: file that the ranks of one node meet at instead of a port; empty for none.
     """
 
     rank: int = 0
@@ -37,6 +38,7 @@ class World:
     master_address: str = "127.0.0.1"
     master_port: int = 29_400
     launcher: Launcher = "none"
+    rendezvous_file: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -50,6 +52,15 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0 of the whole run (not of the node)."""
         return self.rank == 0
+
+    @property
+    def rendezvous(self) -> str:
+        """How the ranks find one another, as the `init_method` of torch.distributed."""
+        if self.rendezvous_file:
+            return f"file://{self.rendezvous_file}"
+        if self.launcher == "torchrun":
+            return "env://"  # torchrun's own store is open already
+        return f"tcp://{self.master_address}:{self.master_port}"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -81,6 +92,7 @@ class World:
             master_address=environment.get("MASTER_ADDR", "127.0.0.1"),
             master_port=_integer(environment, "MASTER_PORT", default=29_400),
             launcher="torchrun",
+            rendezvous_file=environment.get("AGRIVISION_RENDEZVOUS_FILE", ""),
         )
 
     @classmethod
@@ -110,9 +122,7 @@ def _integer(environment: Mapping[str, str], name: str, default: int | None = No
     try:
         return int(text)
     except ValueError:
-        raise ConfigurationError(
-            f"the environment variable {name} is {text!r}, not a number"
-        ) from None
+        raise ConfigurationError(f"the environment variable {name} is {text!r}, not a number") from None
 
 
 def _tasks_on_node(environment: Mapping[str, str], size: int) -> int:

@@ -23,13 +23,15 @@ Labels = NDArray[np.uint16]
 
 def valid_mask(labels: Labels) -> NDArray[np.bool_]:
     """Where a pixel counts: bool of the same shape."""
-    return np.not_equal(labels & _VALID, 0)
+    mask: NDArray[np.bool_] = (labels & _VALID) != 0
+    return mask
 
 
 def class_mask(labels: Labels, class_id: int) -> NDArray[np.bool_]:
     """Where class `class_id` is in the label set of a valid pixel: bool of the same shape."""
     wanted = np.uint16(1 << class_id) | _VALID
-    return np.equal(labels & wanted, wanted)
+    mask: NDArray[np.bool_] = (labels & wanted) == wanted
+    return mask
 
 
 def class_pixels(labels: Labels, classes: int) -> NDArray[np.int64]:

@@ -105,6 +105,7 @@ class Schema:
         unscored: label names whose bits follow those of the classes.
         splits: by name.
         statistics: of the bands.
+        nodata: a pixel with this value in all bands holds no data; None where there is no such value.
     """
 
     source: str
@@ -117,6 +118,7 @@ class Schema:
     unscored: tuple[str, ...]
     splits: dict[str, Split]
     statistics: BandStatistics
+    nodata: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.classes) <= MAX_CLASSES - len(self.unscored):
@@ -216,6 +218,7 @@ def _parse(cls: type[Schema], content: dict[str, Any]) -> Schema:
         classes=tuple(str(entry["name"]) for entry in content["classes"]),
         class_values=tuple(map(int, content["class_values"])),
         unscored=tuple(map(str, content["unscored"])),
+        nodata=None if content["nodata"] is None else float(content["nodata"]),
         splits={name: _parse_split(split) for name, split in content["splits"].items()},
         statistics=BandStatistics(
             splits=tuple(content["statistics"]["splits"]),

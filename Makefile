@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.agrivision-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check clean
+
+help:  ## this list
+	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(STAMP)  ## make the virtual environment VENV with PYTHON, and install the package and its tools
+	@:
+
+# The stamp is newer than pyproject.toml as long as the dependencies have not changed. An environment
+# that VENV points to and that exists already is kept; it only gets what is missing.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## from invented fields to maps on this machine, in minutes; results in demo-output/
+	$(BIN)/python -m launch.demo demo-output
+
+test: $(STAMP)  ## the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove caches, builds and the demo's output; the virtual environment stays
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find agrivision launch tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

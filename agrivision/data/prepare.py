@@ -1,0 +1,277 @@
+"""A source → a data set, in parallel; interrupted anywhere, it goes on where it was.
+
+The plan (which tile goes into which shard) depends on the source and the options alone, and so does
+every byte of the result: not on the number of workers, nor on how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from agrivision.data.pool import run_jobs
+from agrivision.data.schema import Schema, Split
+from agrivision.data.shard_job import Job, Made, ShardMaker
+from agrivision.data.sources.agriculture_vision import open_agriculture_vision
+from agrivision.data.sources.layouts import LAYOUTS
+from agrivision.data.sources.source import (
+    UNDIVIDED,
+    Problem,
+    Problems,
+    Reference,
+    Report,
+    Silence,
+    Source,
+)
+from agrivision.data.sources.survey import open_rasters
+from agrivision.data.splits import TRAIN, VAL, divide
+from agrivision.data.statistics import Sums, add_up, band_statistics
+from agrivision.data.workplace import Workplace
+from agrivision.errors import SourceError
+
+_ORDER = (TRAIN, VAL, "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How a source becomes a data set.
+
+    Attributes:
+        workers: processes; 1 works in this process, None takes one for each core it may use.
+        val: scenes or fields that validate; empty lets a hash of their names decide.
+        val_fraction: share of the tiles that validate where the hash decides.
+        tile: side in pixels of the tiles cut from scenes.
+        stride: pixels from one tile of a scene to the next; None for `tile`.
+        classes: value and name in label rasters, in order of the ids; None takes the values found.
+        bands: names of the scenes' bands, in order; None takes those in the files, or the usual ones.
+        ignore: value in label rasters that does not count.
+        edition: of Agriculture-Vision, `2020` or `2021`; None finds it by the class folders.
+        assume_valid: take all pixels as valid where boundaries or masks are missing as a whole.
+        strict: stop at the first problem instead of leaving the tile out.
+        shard_tiles: tiles in a shard.
+    """
+
+    workers: int | None = None
+    val: tuple[str, ...] = ()
+    val_fraction: float = 0.2
+    tile: int = 256
+    stride: int | None = None
+    classes: tuple[tuple[int, str], ...] | None = None
+    bands: tuple[str, ...] | None = None
+    ignore: int | None = None
+    edition: str | None = None
+    assume_valid: bool = False
+    strict: bool = False
+    shard_tiles: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "tile", "stride", "shard_tiles"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SourceError(f"{name} is {value}: it must be at least 1")
+        if not (math.isfinite(self.val_fraction) and 0 <= self.val_fraction < 1):
+            raise SourceError(f"val_fraction is {self.val_fraction}: it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSummary:
+    """What `prepare` did.
+
+    Attributes:
+        out: the data set.
+        schema: its dataset.json.
+        blank: tiles left out because they have no valid pixel.
+        problems: the first thousand things that were not as they should be.
+        problem_kinds: how many there were, by kind.
+    """
+
+    out: Path
+    schema: Schema
+    blank: int
+    problems: tuple[Problem, ...]
+    problem_kinds: Mapping[str, int]
+
+    @property
+    def tiles(self) -> int:
+        """Tiles in all splits."""
+        return sum(split.tiles for split in self.schema.splits.values())
+
+
+def prepare(
+    source_path: Path, out: Path, options: PrepareOptions, report: Report | None = None
+) -> PrepareSummary:
+    """Make a data set.
+
+    Args:
+        source_path: an Agriculture-Vision folder, a folder with `scenes/` and `labels/`, or a CSV
+            table of scenes.
+        out: folder to make; after an interruption `OUT.partial` holds what is done so far.
+        options: how.
+        report: is told of the progress and of every problem.
+
+    Raises:
+        SourceError: the source cannot be used, or (strict) something in it is not as it should be.
+        DatasetError: `out` exists already, or another process is making it.
+        StorageError, NotWritable: the disk refused; run it again and it goes on.
+    """
+    report = report or Silence()
+    workplace = Workplace(Path(os.path.abspath(out)))  # noqa: PTH100 - resolve() would follow OUT itself
+    workplace.check_free()
+    source = open_source(source_path, options)
+    problems = Problems(strict=options.strict, report=report)
+    problems.add(source.problems)
+    jobs = plan(source, options)
+    report.total(sum(len(job.references) for job in jobs))
+    with workplace.held():
+        workplace.tidy(_names(jobs))
+        made = _make_all(source, jobs, workplace, options, problems)
+        schema = _describe(source, jobs, made)
+        workplace.finish(schema)
+    return PrepareSummary(
+        out=out,
+        schema=schema,
+        blank=sum(shard.blank for shard in made),
+        problems=tuple(problems.kept),
+        problem_kinds=dict(problems.kinds),
+    )
+
+
+def _make_all(
+    source: Source,
+    jobs: Sequence[Job],
+    workplace: Workplace,
+    options: PrepareOptions,
+    problems: Problems,
+) -> list[Made]:
+    maker = ShardMaker(
+        reader=source.reader,
+        workplace=workplace,
+        files=len(source.parts) + 1,
+        bands=len(source.bands),
+        classes=len(source.classes),
+        strict=options.strict,
+    )
+    workers = options.workers or len(os.sched_getaffinity(0))
+    made: list[Made] = []
+    with closing(run_jobs(maker, jobs, workers)) as shards:  # whatever happens, no worker goes on
+        for job, shard in zip(jobs, shards, strict=True):
+            made.append(shard)
+            problems.add(shard.problems)
+            problems.report.advance(len(job.references))
+    return made
+
+
+def open_source(path: Path, options: PrepareOptions) -> Source:
+    """Find out what kind of source this is, and look through it.
+
+    Raises:
+        SourceError: none that is known, or one that cannot be used.
+    """
+    if not path.exists():
+        raise SourceError(f"no such file or folder: {path}")
+    source = open_rasters(
+        path,
+        tile=options.tile,
+        stride=options.stride or options.tile,
+        classes=options.classes,
+        bands=options.bands,
+        ignore=options.ignore,
+    ) or open_agriculture_vision(path, edition=options.edition, assume_valid=options.assume_valid)
+    if source is None:
+        images = " or ".join(layout.rgb for layout in LAYOUTS)
+        raise SourceError(
+            f"{path} is no source: neither {images} (also under train, val or test), nor scenes and"
+            " labels, nor a .csv table with the columns scene and label"
+        )
+    return source
+
+
+def plan(source: Source, options: PrepareOptions) -> list[Job]:
+    """Every shard to make, split by split.
+
+    Raises:
+        SourceError: there is no tile, or `val` does not fit the source.
+    """
+    splits: dict[str, Sequence[Reference]] = dict(source.splits)
+    if UNDIVIDED in splits:
+        splits = _divide(source, options)
+    elif options.val:
+        raise SourceError(f"the source has its own splits ({', '.join(splits)}): leave out --val")
+    order = [name for name in _ORDER if name in splits] + sorted(set(splits) - set(_ORDER))
+    jobs = [job for name in order for job in _jobs(name, splits[name], options.shard_tiles)]
+    if not jobs:
+        raise SourceError("the source has no complete tile")
+    return jobs
+
+
+def _divide(source: Source, options: PrepareOptions) -> dict[str, Sequence[Reference]]:
+    references = source.splits[UNDIVIDED]
+    tiles = Counter(reference.field for reference in references)
+    split_of = divide(tiles, options.val, options.val_fraction, source.aliases)
+    return {
+        name: [reference for reference in references if split_of[reference.field] == name]
+        for name in (TRAIN, VAL)
+    }
+
+
+def _jobs(split: str, references: Sequence[Reference], size: int) -> Iterator[Job]:
+    ordered = sorted(references)
+    for number, start in enumerate(range(0, len(ordered), size)):
+        chunk = tuple(ordered[start : start + size])
+        yield Job(split=split, name=f"{number:05d}", references=chunk)
+
+
+def _names(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for job in jobs:
+        names.setdefault(job.split, []).append(job.name)
+    return names
+
+
+def _describe(source: Source, jobs: Sequence[Job], made: Sequence[Made]) -> Schema:
+    shards: dict[str, list[Made]] = {}
+    for job, shard in zip(jobs, made, strict=True):
+        if shard.info is not None:
+            shards.setdefault(job.split, []).append(shard)
+    sums = {
+        name: add_up((s.sums for s in of_split), bands=len(source.bands), classes=len(source.classes))
+        for name, of_split in shards.items()
+    }
+    counted = [TRAIN] if TRAIN in sums else list(sums)
+    whole = add_up(
+        (sums[name] for name in counted), bands=len(source.bands), classes=len(source.classes)
+    )
+    if whole.pixels == 0:
+        raise SourceError("not one valid pixel in the source: nothing to learn from")
+    return Schema(
+        source=source.kind,
+        bands=source.bands,
+        dtype=source.dtype,
+        tile=source.tile,
+        parts=source.parts,
+        classes=source.classes,
+        class_values=source.class_values,
+        unscored=source.unscored,
+        nodata=source.nodata,
+        splits={
+            name: _split(shards[name], sums[name], labelled=name not in source.unlabelled)
+            for name in sums
+        },
+        statistics=band_statistics(whole, counted),
+    )
+
+
+def _split(shards: Sequence[Made], sums: Sums, *, labelled: bool) -> Split:
+    return Split(
+        tiles=sums.tiles,
+        labelled=labelled,
+        shards=tuple(shard.info for shard in shards if shard.info is not None),
+        pixels=sums.pixels,
+        class_pixels=sums.class_pixels,
+        class_tiles=sums.class_tiles,
+    )

@@ -1,0 +1,177 @@
+"""Making one shard, in whatever process: read its tiles, write it, note what is in it.
+
+A note carries a digest of everything that the shard was made from. An interrupted `prepare` that goes
+on keeps a shard whose note still fits and whose files are whole, and makes all others anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agrivision import __version__
+from agrivision.data.schema import ShardInfo
+from agrivision.data.shards import Record, Shard, write_shard
+from agrivision.data.sources.source import Flaw, Problem, Reference, TileReader
+from agrivision.data.statistics import Sums, add_up
+from agrivision.data.workplace import Workplace
+from agrivision.errors import DatasetError, SourceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardMaker:
+    """What all shards of a data set have in common; every worker process gets a copy.
+
+    Attributes:
+        reader: reads the source's tiles.
+        workplace: where the data set grows.
+        files: number of files of a record, labels included.
+        bands: number of bands.
+        classes: number of classes.
+        strict: let the first damaged tile end the work.
+    """
+
+    reader: TileReader
+    workplace: Workplace
+    files: int
+    bands: int
+    classes: int
+    strict: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One shard to make.
+
+    Attributes:
+        split: its split.
+        name: its name.
+        references: its tiles, in order.
+    """
+
+    split: str
+    name: str
+    references: tuple[Reference, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A finished shard.
+
+    Attributes:
+        info: for dataset.json; None if no tile was left.
+        sums: over its tiles.
+        blank: tiles without a valid pixel, which were left out.
+        problems: tiles that were left out for a reason.
+    """
+
+    info: ShardInfo | None
+    sums: Sums
+    blank: int
+    problems: tuple[Problem, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        info = dataclasses.asdict(self.info) if self.info else None
+        problems = [list(problem) for problem in self.problems]
+        return {"info": info, "sums": self.sums.to_dict(), "blank": self.blank, "problems": problems}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Made:
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        return cls(
+            info=ShardInfo(**content["info"]) if content["info"] else None,
+            sums=Sums.from_dict(content["sums"]),
+            blank=int(content["blank"]),
+            problems=tuple(Problem(*problem) for problem in content["problems"]),
+        )
+
+
+def make_shard(maker: ShardMaker, job: Job) -> Made:
+    """Make a shard, or find that it is there already.
+
+    Raises:
+        SourceError: strict, and a tile is damaged.
+        StorageError, NotWritable: the disk refused.
+    """
+    digest = _digest(maker, job)
+    made = _made_before(maker, job, digest)
+    if made is None or (maker.strict and made.problems):
+        made = _make(maker, job)
+        maker.workplace.write_note(job.split, job.name, {"digest": digest, **made.to_dict()})
+    return made
+
+
+def _make(maker: ShardMaker, job: Job) -> Made:
+    records: list[Record] = []
+    sums: list[Sums] = []
+    problems: list[Problem] = []
+    blank = 0
+    with maker.reader.reading() as read:
+        for reference in job.references:
+            try:
+                tile = read(reference)
+            except Flaw as flaw:
+                if maker.strict:
+                    raise SourceError(str(flaw.problem)) from None
+                problems.append(flaw.problem)
+                continue
+            if tile is None:
+                blank += 1
+                continue
+            records.append(tile.record(maker.classes))
+            sums.append(Sums.of(tile.image, tile.labels, maker.classes))
+    folder = maker.workplace.split(job.split)
+    return Made(
+        info=write_shard(folder, job.name, records) if records else None,
+        sums=add_up(sums, bands=maker.bands, classes=maker.classes),
+        blank=blank,
+        problems=tuple(problems),
+    )
+
+
+def _made_before(maker: ShardMaker, job: Job, digest: str) -> Made | None:
+    note = maker.workplace.note(job.split, job.name)
+    if not isinstance(note, dict) or note.get("digest") != digest:
+        return None
+    try:
+        made = Made.from_dict(note)
+        if made.info is not None:
+            shard = Shard(maker.workplace.split(job.split), made.info, maker.files)
+            for row in range(made.info.tiles):
+                shard.read(row)
+    except (KeyError, TypeError, ValueError, DatasetError):
+        return None
+    return made
+
+
+def _digest(maker: ShardMaker, job: Job) -> str:
+    """Of the program's version, the options, and the names, sizes and times of the source's files."""
+    digest = hashlib.blake2b(repr((__version__, maker.reader, maker.bands, maker.classes)).encode())
+    files: dict[Path, None] = {}
+    for reference in job.references:
+        digest.update(repr(tuple(reference)).encode())
+        files |= dict.fromkeys(maker.reader.files(reference))
+    for line in _stamps(list(files)):
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _stamps(files: Sequence[Path]) -> list[str]:
+    stamps = []
+    for path in files:
+        try:
+            status = os.stat(path)  # noqa: PTH116 - a third of the time of Path.stat
+            stamps.append(f"{path}|{status.st_size}|{status.st_mtime_ns}\n")
+        except OSError:
+            stamps.append(f"{path}|missing\n")
+    return stamps

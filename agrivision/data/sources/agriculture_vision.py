@@ -1,0 +1,300 @@
+"""Agriculture-Vision: the 2020 and 2021 editions of the challenge and the paper's own archive.
+
+JPEG files are kept byte for byte, and decoded to find damaged ones and to count. A class is on where
+its PNG is above 0; background where no scored class is. A pixel is valid where its boundary and its
+mask are both above 0.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+
+from agrivision.data.labels import VALID_BIT, Labels
+from agrivision.data.parts import decode_jpeg, describe, jpeg_shape
+from agrivision.data.schema import Part
+from agrivision.data.sources.layouts import (
+    EDITIONS,
+    SPLITS,
+    STRAY,
+    SplitFolder,
+    field_of,
+    find_edition,
+    find_layouts,
+    has_images,
+    open_split,
+    pair,
+    require,
+)
+from agrivision.data.sources.source import Flaw, Problem, Read, Reference, Source
+from agrivision.data.tile import Tile
+from agrivision.errors import DatasetError, SourceError
+
+BANDS = ("red", "green", "blue", "nir")
+PARTS = (Part(extension="rgb.jpg", bands=3), Part(extension="nir.jpg", bands=1))
+_PROBES = 25  # headers that decide on the tile size; single files of another size cannot
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgricultureVisionReader:
+    """Reads tiles from the folders of the splits.
+
+    Attributes:
+        folders: by the group of the references.
+        tile: side of the tiles in pixels.
+        scored: classes of the edition, background included; label bits from there up are unscored.
+    """
+
+    folders: tuple[SplitFolder, ...]
+    tile: int
+    scored: int
+
+    def files(self, reference: Reference) -> list[Path]:
+        """See TileReader."""
+        return self.folders[reference.group].files(reference.key)
+
+    @contextmanager
+    def reading(self) -> Iterator[Read]:
+        """See TileReader; nothing stays open between two tiles."""
+        yield self._read
+
+    def _read(self, reference: Reference) -> Tile:
+        folder, key = self.folders[reference.group], reference.key
+        paths = folder.rgb / f"{key}.jpg", folder.nir / f"{key}.jpg"
+        contents = [_content(path) for path in paths]
+        bands = [
+            _decode(path, content, (self.tile, self.tile, part.bands))
+            for path, content, part in zip(paths, contents, PARTS, strict=True)
+        ]
+        return Tile(
+            key=key,
+            field=reference.field,
+            files={part.extension: content for part, content in zip(PARTS, contents, strict=True)},
+            image=np.concatenate(bands, axis=2).transpose(2, 0, 1),
+            labels=self._labels(folder, key),
+        )
+
+    def _labels(self, folder: SplitFolder, key: str) -> Labels:
+        size = (self.tile, self.tile)
+        labels = np.zeros(size, np.uint16)
+        for bit, masks in folder.classes:
+            labels |= _mask(masks / f"{key}.png", size).astype(np.uint16) << np.uint16(bit)
+        if folder.classes:
+            scored = np.uint16((1 << self.scored) - 1)
+            labels |= np.equal(labels & scored, 0).astype(np.uint16)  # background is bit 0
+        valid = _valid(folder, key, size)
+        return labels | valid.astype(np.uint16) << np.uint16(VALID_BIT)
+
+
+def open_agriculture_vision(root: Path, *, edition: str | None, assume_valid: bool) -> Source | None:
+    """Look through an Agriculture-Vision folder.
+
+    Args:
+        root: with the folders of one split, or with train, val and test of which some may be absent.
+        edition: `2020` or `2021`; None finds it by the class folders.
+        assume_valid: take all pixels as valid where boundaries or masks are missing as a whole.
+
+    Returns:
+        What is there, or None if this is no Agriculture-Vision folder.
+
+    Raises:
+        SourceError: a folder is missing that nothing can be done without.
+    """
+    layouts = find_layouts(root)
+    if not layouts:
+        return None
+    labels = [folder / layout.labels for folder, layout in layouts.values()]
+    year = find_edition([path for path in labels if path.is_dir()], edition)
+    folders, problems = {}, []
+    for name, (folder, layout) in layouts.items():
+        folders[name], found = open_split(
+            name, folder, layout, EDITIONS[year], assume_valid=assume_valid
+        )
+        problems += found
+    splits, found = _references(folders)
+    chosen = EDITIONS[year]
+    reader = AgricultureVisionReader(
+        folders=tuple(folders.values()),
+        tile=_tile_size(list(folders.values()), splits),
+        scored=len(chosen.classes),
+    )
+    return Source(
+        kind=f"agriculture-vision-{year}",
+        bands=BANDS,
+        dtype="uint8",
+        tile=reader.tile,
+        parts=PARTS,
+        classes=chosen.classes,
+        unscored=chosen.unscored,
+        splits=splits,
+        unlabelled=frozenset(name for name, folder in folders.items() if not folder.classes),
+        reader=reader,
+        problems=problems + found,
+    )
+
+
+def _references(
+    folders: Mapping[str, SplitFolder],
+) -> tuple[dict[str, list[Reference]], list[Problem]]:
+    """Complete tiles by split; one that an earlier split has as well is left out of the later."""
+    splits: dict[str, list[Reference]] = {}
+    problems: list[Problem] = []
+    seen: dict[str, str] = {}
+    for group, (name, folder) in enumerate(folders.items()):
+        keys, found = pair(folder)
+        problems += found
+        problems += [
+            Problem(str(folder.rgb / f"{key}.jpg"), "twice", f"also in {seen[key]}: left out here")
+            for key in keys
+            if key in seen
+        ]
+        splits[name] = [Reference(key, field_of(key), group) for key in keys if key not in seen]
+        seen |= dict.fromkeys(keys, name)
+    return splits, problems
+
+
+def _tile_size(folders: Sequence[SplitFolder], splits: Mapping[str, Sequence[Reference]]) -> int:
+    """The most frequent side of the first tiles; 512 where no tile is left to look at."""
+    references = [reference for tiles in splits.values() for reference in tiles]
+    sizes: Counter[tuple[int, int]] = Counter()
+    for reference in references[:: max(1, len(references) // _PROBES)]:
+        path = folders[reference.group].rgb / f"{reference.key}.jpg"
+        try:
+            sizes[jpeg_shape(_content(path))[:2]] += 1
+        except (DatasetError, Flaw):
+            continue  # named when the tile is read
+    (height, width), _ = sizes.most_common(1)[0] if sizes else ((512, 512), 0)
+    if height != width:
+        raise SourceError(f"tiles of {width} x {height} pixels: square ones are needed")
+    return height
+
+
+def iterate_images(
+    root: Path, splits: Sequence[str] | None = None
+) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]:
+    """Images of a folder in one of the layouts, to predict on; labels are not needed.
+
+    Args:
+        root: as for `open_agriculture_vision`.
+        splits: those to take, None for all.
+
+    Yields:
+        The id, the image (4, height, width) uint8 and where it is valid (height, width) bool;
+        everywhere, where there are no boundaries or masks. Sizes may differ from tile to tile.
+
+    Raises:
+        SourceError: the folder is of another kind, lacks a split or images, or a file is damaged.
+    """
+    layouts = find_layouts(root)
+    unknown = [name for name in splits or () if name not in layouts]
+    if unknown or not layouts:
+        there = ", ".join(name for name in layouts if name) or "no splits"
+        wanted = f"split {unknown[0]!r}" if unknown else f"images/rgb, also under {' or '.join(SPLITS)}"
+        raise SourceError(f"{root} has no {wanted}: there are {there}")
+    for name, (folder, layout) in layouts.items():
+        if splits is not None and name not in splits:
+            continue
+        images = folder / layout.rgb, folder / layout.nir
+        require(images)
+        valid = [folder / layout.boundaries, folder / layout.masks]
+        present = tuple(path for path in valid if has_images(path, ".png"))
+        yield from _iterate(SplitFolder(rgb=images[0], nir=images[1], valid=present, classes=()))
+
+
+def _iterate(
+    folder: SplitFolder,
+) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]:
+    keys, problems = pair(folder)
+    serious = [problem for problem in problems if problem.kind != STRAY]
+    if serious:
+        raise SourceError(f"{serious[0]} (there are {len(serious)} such tiles)")
+    for key in keys:
+        try:
+            rgb_path, nir_path = folder.rgb / f"{key}.jpg", folder.nir / f"{key}.jpg"
+            content = _content(rgb_path)
+            height, width, _ = _shape(rgb_path, content)
+            rgb = _decode(rgb_path, content, (height, width, 3))
+            nir = _decode(nir_path, _content(nir_path), (height, width, 1))
+            valid = _valid(folder, key, (height, width))
+        except Flaw as flaw:
+            raise SourceError(str(flaw.problem)) from None
+        yield key, np.concatenate([rgb, nir], axis=2).transpose(2, 0, 1), valid
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Flaw(path, "unreadable", f"cannot be read ({error.strerror}): left out") from None
+
+
+def _shape(path: Path, content: bytes) -> tuple[int, int, int]:
+    try:
+        return jpeg_shape(content)
+    except DatasetError as error:
+        raise Flaw(path, "unreadable", f"{error}: left out") from None
+
+
+def _decode(path: Path, content: bytes, wanted: tuple[int, int, int]) -> NDArray[np.uint8]:
+    shape = _shape(path, content)
+    if shape != wanted:
+        what = f"{describe(shape)} where {describe(wanted)} belong: left out"
+        raise Flaw(path, "wrong size", what)
+    out = np.empty(wanted, np.uint8)
+    try:
+        decode_jpeg(content, out)
+    except DatasetError as error:
+        raise Flaw(path, "unreadable", f"{error}: left out") from None
+    return out
+
+
+def _valid(folder: SplitFolder, key: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+    valid = np.ones(size, np.bool_)
+    for masks in folder.valid:
+        valid &= _mask(masks / f"{key}.png", size)
+    return valid
+
+
+def _mask(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Where a PNG of one band is above 0, shape (height, width)."""
+    content = _content(path)
+    try:
+        _check_png(content)
+        with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
+            shape = (image.height, image.width, len(image.getbands()))
+            if shape != (*size, 1):
+                what = f"{describe(shape)} where {describe((*size, 1))} belong: left out"
+                raise Flaw(path, "wrong size", what)
+            mask: NDArray[np.bool_] = np.greater(np.asarray(image), 0)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Flaw(path, "unreadable", f"not a whole PNG ({error}): left out") from None
+    return mask
+
+
+def _check_png(content: bytes) -> None:
+    """Compare the checksum of every chunk: Pillow takes the pixels' chunks as they come.
+
+    Raises:
+        ValueError: it is not a PNG, is damaged, or ends early.
+    """
+    if not content.startswith(_PNG):
+        raise ValueError("its first bytes are not those of a PNG")
+    start, kind = len(_PNG), b""
+    while kind != b"IEND":
+        size, kind = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
+        end = start + 8 + size
+        if len(content) < end + 4:
+            raise ValueError("it ends early")
+        if zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            raise ValueError("it is damaged: a checksum differs")
+        start = end + 4

@@ -1,0 +1,158 @@
+"""Which scene goes with which label raster: two folders of the same names, or a table."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from agrivision.data.sources.source import UNDIVIDED, Problem
+from agrivision.data.tile import safe_name
+from agrivision.errors import SourceError
+
+# One driver a suffix, so that no file can choose another one. VRT is not among them: it may point to
+# other files and to the network.
+DRIVERS = {
+    ".tif": "GTiff",
+    ".tiff": "GTiff",
+    ".jp2": "JP2OpenJPEG",
+    ".img": "HFA",
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+}
+_REFUSED = (".vrt",)
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A scene and its labels.
+
+    Attributes:
+        name: the scene's stem, made fit for keys; the tiles' field.
+        scene: raster file.
+        label: raster file.
+        split: UNDIVIDED where `prepare` decides.
+    """
+
+    name: str
+    scene: Path
+    label: Path
+    split: str = UNDIVIDED
+
+
+def find_pairs(path: Path) -> tuple[list[Pair], list[Problem]] | None:
+    """Scenes with their labels, ordered by name, and what has no partner; None for another source.
+
+    Args:
+        path: a folder with `scenes/` and `labels/`, or a CSV file with the columns scene, label and,
+            if wanted, split; its paths are relative to it.
+
+    Raises:
+        SourceError: the table cannot be read, or two scenes have the same name.
+    """
+    if path.is_file() and path.suffix.lower() == ".csv":
+        pairs, problems = _from_table(path)
+    elif (path / "scenes").is_dir() and (path / "labels").is_dir():
+        pairs, problems = _from_folders(path / "scenes", path / "labels")
+    else:
+        return None
+    return sorted(_distinct(pairs), key=lambda pair: pair.name), problems
+
+
+def _distinct(pairs: list[Pair]) -> list[Pair]:
+    seen: dict[str, Path] = {}
+    for pair in pairs:
+        if pair.name in seen:
+            raise SourceError(
+                f"{seen[pair.name]} and {pair.scene} have the same name {pair.name!r} for their tiles:"
+                " rename one"
+            )
+        seen[pair.name] = pair.scene
+    return pairs
+
+
+def _from_folders(scenes: Path, labels: Path) -> tuple[list[Pair], list[Problem]]:
+    scene_files, problems = _rasters(scenes)
+    label_files, more = _rasters(labels)
+    problems += more
+    for stem in sorted(scene_files.keys() ^ label_files.keys()):
+        there, lacking = (scene_files, "label") if stem in scene_files else (label_files, "scene")
+        what = f"has no {lacking} raster of the same name: left out"
+        problems.append(Problem(str(there[stem]), "unpaired", what))
+    pairs = [
+        Pair(name=safe_name(stem), scene=path, label=label_files[stem])
+        for stem, path in scene_files.items()
+        if stem in label_files
+    ]
+    return pairs, problems
+
+
+def _rasters(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
+    files: dict[str, Path] = {}
+    problems = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix.lower() in _REFUSED:
+            problems.append(_refusal(path))
+        elif path.suffix.lower() in DRIVERS:
+            if path.stem in files:
+                raise SourceError(f"{files[path.stem]} and {path} have the same name: rename one")
+            files[path.stem] = path
+    return files, problems
+
+
+def _refusal(path: Path) -> Problem:
+    formats = ", ".join(suffix.lstrip(".") for suffix in DRIVERS)
+    return Problem(str(path), "format", f"not one of the formats {formats}: left out")
+
+
+def _from_table(table: Path) -> tuple[list[Pair], list[Problem]]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise SourceError(f"cannot read {table}: {error}") from None
+    columns = list(rows[0]) if rows else []
+    if not {"scene", "label"} <= set(columns):
+        found = ", ".join(map(str, columns)) or "nothing"
+        raise SourceError(f"{table} needs the columns scene, label and perhaps split; it has {found}")
+    pairs, problems = [], []
+    for line, row in enumerate(rows, 2):
+        pair = _pair(table, line, row)
+        found_problems = [*_not_usable(pair.scene), *_not_usable(pair.label)]
+        problems += found_problems
+        if not found_problems:
+            pairs.append(pair)
+    if len({pair.split == UNDIVIDED for pair in pairs}) > 1:
+        raise SourceError(f"{table} names the split of some scenes only: name all, or none")
+    return pairs, problems
+
+
+def _pair(table: Path, line: int, row: Mapping[str, str | None]) -> Pair:
+    scene, label, split = ((row.get(name) or "").strip() for name in ("scene", "label", "split"))
+    for value in (scene, label):
+        if not value or "://" in value or value.startswith("/vsi"):
+            raise SourceError(f"{table}, line {line}: {value!r} is not the path of a file")
+    if split and not _SPLIT_NAME.fullmatch(split):
+        raise SourceError(
+            f"{table}, line {line}: {split!r} cannot name a split; use letters, digits, _ and -"
+        )
+    return Pair(
+        name=safe_name(Path(scene).stem),
+        scene=table.parent / scene,
+        label=table.parent / label,
+        split=split or UNDIVIDED,
+    )
+
+
+def _not_usable(path: Path) -> list[Problem]:
+    if path.suffix.lower() not in DRIVERS:
+        return [_refusal(path)]
+    if not path.is_file():
+        return [Problem(str(path), "unpaired", "missing: the scene is left out")]
+    return []

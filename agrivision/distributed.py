@@ -1,0 +1,146 @@
+"""The process group of a run, and the few things that ranks agree on.
+
+Control messages (flags, small JSON) travel over gloo between CPUs, also where gradients travel over
+NCCL, so that agreeing never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from agrivision.errors import ConfigurationError, PeerLost
+from agrivision.world import World
+
+_TIMEOUT = timedelta(minutes=30)  # a rank may wait that long for another one's evaluation or save
+
+# gloo raises plain RuntimeErrors; only their text tells them from others.
+_TRANSPORT_WORDS = ("gloo", "connection", "nccl", "timed out", "peer")
+
+
+def pick_device(world: World) -> torch.device:
+    """This rank's GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigurationError: more ranks on this node than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:  # the launcher shows each rank its own
+        index = 0
+    elif world.local_rank < visible:
+        index = world.local_rank
+    else:
+        raise ConfigurationError(
+            f"{world.local_size} ranks on this node, but {visible} GPUs: start one rank for each GPU"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+class Ranks:
+    """What the ranks of a run do together; with one rank everything is answered at once."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def largest(self, *values: int) -> tuple[int, ...]:
+        """The largest of each value over all ranks; all ranks get the same.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        tensor = torch.tensor(values, dtype=torch.int64)
+        self._reduce(tensor, dist.ReduceOp.MAX)
+        return tuple(tensor.tolist())
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, on the CPU; integers are exact in any order.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        total = tensor.detach().to("cpu", copy=True)
+        self._reduce(total, dist.ReduceOp.SUM)
+        return total
+
+    def from_main(self, value: Any) -> Any:
+        """A JSON value of rank 0, on all ranks; the others' own value is ignored.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        if self.world.size == 1:
+            return value
+        text = json.dumps(value).encode() if self.world.is_main else b""
+        length = torch.tensor([len(text)], dtype=torch.int64)
+        with peers_may_fail():
+            dist.broadcast(length, src=0)
+            content = torch.zeros(int(length), dtype=torch.uint8)
+            if text:
+                content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+            dist.broadcast(content, src=0)
+        return json.loads(content.numpy().tobytes())
+
+    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        if self.world.size > 1:
+            with peers_may_fail():
+                dist.all_reduce(tensor, op=operation)
+
+
+@contextmanager
+def connected(world: World, device: torch.device) -> Iterator[Ranks]:
+    """The ranks of a run, connected while the block runs.
+
+    Raises:
+        PeerLost: the ranks did not find one another.
+    """
+    if world.size == 1:
+        yield Ranks(world)
+        return
+    if world.local_size == world.size:
+        # All on one node: nothing has to listen on an interface that others reach.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with peers_may_fail():
+        dist.init_process_group(
+            backend,
+            init_method=world.rendezvous,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=_TIMEOUT,
+        )
+    try:
+        yield Ranks(world)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def peers_may_fail() -> Iterator[None]:
+    """Turn what a collective raises when a peer is gone into one line.
+
+    Raises:
+        PeerLost: the block raised a transport error.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        raise PeerLost(f"lost the other ranks: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if any(word in str(error).lower() for word in _TRANSPORT_WORDS):
+            raise PeerLost(f"lost the other ranks: {_first_line(error)}") from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

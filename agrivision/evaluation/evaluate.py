@@ -1,0 +1,113 @@
+"""A model and a split → its score: every tile once over all ranks, integers added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from agrivision.data.augment import Normaliser
+from agrivision.data.loader import Batch, evaluation_batches
+from agrivision.data.shards import SplitReader
+from agrivision.distributed import Ranks
+from agrivision.evaluation.confusion import Scores, confusion_matrix, scores
+from agrivision.evaluation.presence import PresenceScores, presence, tile_presence
+from agrivision.model.padding import dense_logits
+from agrivision.model.precision import Precision, autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        scores: the challenge's score, over pixels.
+        presence: which classes are in which tiles.
+    """
+
+    scores: Scores
+    presence: PresenceScores
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the scores' keys, and `presence` by class."""
+        return self.scores.to_dict() | {"presence": self.presence.to_dict()}
+
+
+def evaluate(
+    model: nn.Module,
+    reader: SplitReader,
+    normaliser: Normaliser,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    batch_size: int,
+    threads: int,
+    precision: Precision = "fp32",
+    stop: Callable[[], bool] = lambda: False,
+    report: Callable[[int], None] = lambda _: None,
+) -> Evaluation | None:
+    """Score a model on a split.
+
+    Args:
+        model: any network that `dense_logits` takes; it is left in evaluation mode.
+        reader: of the split.
+        normaliser: with the statistics that the model was trained with.
+        ranks: each takes its turn at the batches; all get the same result.
+        device: where the model is.
+        batch_size: tiles in one forward pass.
+        threads: decoding threads.
+        precision: of the forward pass.
+        stop: asked between batches; once true on any rank, all leave.
+        report: called with the number of tiles that this rank has finished since the last call.
+
+    Returns:
+        The same evaluation on all ranks, or None if it was stopped.
+
+    Raises:
+        DatasetError: a record cannot be read.
+        PeerLost: another rank is gone.
+    """
+    classes = reader.schema.classes
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    # Score and truth of each class by tile; each row is filled by one rank and zero on the others,
+    # so that their sum puts the rows together.
+    rows = torch.zeros(2, len(reader), len(classes), dtype=torch.float64)
+    model.eval()
+    batches = evaluation_batches(
+        reader,
+        ranks.world,
+        batch_size=batch_size,
+        threads=threads,
+        pinned=device.type == "cuda",
+    )
+    for batch in batches:
+        if stop():
+            batches.close()
+            break
+        probabilities, labels = _predict(model, batch, normaliser, device, precision)
+        matrix += confusion_matrix(probabilities.argmax(1), labels, len(classes)).cpu()
+        found, truth = tile_presence(probabilities, labels)
+        rows[0, batch.tiles] = found.cpu().double()
+        rows[1, batch.tiles] = truth.cpu().double()
+        report(batch.count)
+    if ranks.largest(int(stop()))[0]:
+        return None
+    matrix, rows = ranks.sum(matrix), ranks.sum(rows)
+    return Evaluation(
+        scores=scores(matrix, classes),
+        presence=presence(rows[0].float(), rows[1].bool(), classes),
+    )
+
+
+@torch.inference_mode()
+def _predict(
+    model: nn.Module, batch: Batch, normaliser: Normaliser, device: torch.device, precision: Precision
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (tiles, classes, height, width) float32 and label bits (tiles, height, width)."""
+    pixels = batch.pixels.to(device)
+    with autocast(device, precision):
+        logits = dense_logits(model, normaliser(pixels.images()))
+    return logits.float().softmax(1), pixels.label_bits()

@@ -1,0 +1,89 @@
+"""The score of a trained run on a split, on one process or on many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from agrivision.data.schema import Schema
+from agrivision.data.shards import SplitReader
+from agrivision.distributed import connected, pick_device
+from agrivision.errors import BadInput
+from agrivision.evaluation.evaluate import evaluate
+from agrivision.inference.trained import TrainedModel, load_run
+from agrivision.model.precision import Precision
+from agrivision.monitor.log import configure_log
+from agrivision.monitor.progress import progress
+from agrivision.world import World
+
+
+def evaluate_run(
+    checkpoint: Path,
+    data: Path,
+    split: str,
+    *,
+    batch_size: int = 8,
+    threads: int = 2,
+    precision: Precision = "fp32",
+    world: World | None = None,
+) -> dict[str, Any] | None:
+    """Score a run on a split of a data set.
+
+    Args:
+        checkpoint: a run directory, a checkpoint, or a file in one.
+        data: a prepared data set.
+        split: with labels.
+        batch_size: tiles in one forward pass.
+        threads: decoding threads of each rank.
+        precision: of the forward pass.
+        world: this process among the ranks; None reads the environment.
+
+    Returns:
+        What `Evaluation.to_dict` gives, and `checkpoint`, `step` and `split`, on rank 0; None on the
+        others.
+
+    Raises:
+        AgrivisionError: in one line, what is wrong and what to do.
+    """
+    world = world or World.from_environment()
+    configure_log(world.rank, None)
+    device = pick_device(world)
+    schema = Schema.read(data)
+    schema.split(split, labelled=True)
+    reader = SplitReader(data, schema, split)
+    trained = load_run(checkpoint, device)
+    _check_fit(trained, schema, data)
+    share = -(-len(reader) // world.size)
+    with (
+        connected(world, device) as ranks,
+        progress("evaluating", share, unit="tile", show=world.is_main) as bar,
+    ):
+        found = evaluate(
+            trained.module,
+            reader,
+            trained.description.normaliser,
+            ranks,
+            device,
+            batch_size=batch_size,
+            threads=threads,
+            precision=precision,
+            report=bar.advance,
+        )
+    if found is None or not world.is_main:
+        return None
+    return found.to_dict() | {"checkpoint": str(trained.folder), "step": trained.step, "split": split}
+
+
+def _check_fit(trained: TrainedModel, schema: Schema, data: Path) -> None:
+    """A score over other bands or other classes would be a number without a meaning."""
+    description = trained.description
+    if description.bands != schema.bands:
+        raise BadInput(
+            f"{data} has the bands {', '.join(schema.bands)}; the run was trained on"
+            f" {', '.join(description.bands)}"
+        )
+    if description.classes != schema.classes:
+        raise BadInput(
+            f"{data} has {len(schema.classes)} classes ({', '.join(schema.classes)}); the run was"
+            f" trained on {len(description.classes)} ({', '.join(description.classes)})"
+        )

@@ -1,0 +1,224 @@
+"""A trained network with all that is needed to use it: bands, classes, statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from agrivision import checkpoint
+from agrivision.config import ModelConfig
+from agrivision.data.augment import Normaliser
+from agrivision.data.schema import Schema
+from agrivision.errors import AgrivisionError, BadInput, CheckpointError
+from agrivision.model.build import build_model
+from agrivision.model.padding import dense_logits
+from agrivision.model.precision import Precision, autocast
+from agrivision.rundir import RunDirectory, best_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What weights alone do not tell.
+
+    Attributes:
+        model: configuration of the network.
+        bands: that it was trained on, in order.
+        classes: names by id.
+        class_values: value of each class in the label rasters it learned from; empty for masks.
+        dtype: numpy name of the pixels' type.
+        tile: side of the training tiles in pixels.
+        mean: by band, in the units of the pixels.
+        std: by band.
+        nodata: a pixel with this value in all bands holds no data; None where there is no such value.
+        data_fingerprint: of the data set.
+    """
+
+    model: ModelConfig
+    bands: tuple[str, ...]
+    classes: tuple[str, ...]
+    class_values: tuple[int, ...]
+    dtype: str
+    tile: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    nodata: float | None
+    data_fingerprint: str
+
+    @classmethod
+    def of(cls, model: ModelConfig, schema: Schema) -> Description:
+        """Of a network that is trained on a data set."""
+        return cls(
+            # The weights of the encoder are in the checkpoint; the file need not be there any more.
+            model=dataclasses.replace(model, encoder_weights=None),
+            bands=schema.bands,
+            classes=schema.classes,
+            class_values=schema.class_values,
+            dtype=schema.dtype,
+            tile=schema.tile,
+            mean=schema.statistics.mean,
+            std=schema.statistics.std,
+            nodata=schema.nodata,
+            data_fingerprint=schema.fingerprint,
+        )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Description:
+        """From JSON values.
+
+        Raises:
+            CheckpointError: an entry is missing or unknown.
+        """
+        try:
+            fields: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in content.items()
+            }
+            fields["model"] = ModelConfig(**content["model"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint's description does not fit: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """With the statistics of the training data."""
+        return Normaliser(mean=self.mean, std=self.std, nodata=self.nodata)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network ready to predict.
+
+    Attributes:
+        module: in evaluation mode, on its device.
+        description: what its bands and classes are.
+        device: where it is.
+        step: optimiser steps that it was trained for.
+        folder: the checkpoint that it came from.
+    """
+
+    module: nn.Module
+    description: Description
+    device: torch.device
+    step: int
+    folder: Path
+
+    @torch.inference_mode()
+    def probabilities(
+        self, images: torch.Tensor | NDArray[Any], *, precision: Precision = "fp32"
+    ) -> torch.Tensor:
+        """Class probabilities of a batch of images.
+
+        Args:
+            images: (batch, bands, height, width), any size, pixels as in the data set.
+            precision: of the forward pass.
+
+        Returns:
+            (batch, classes, height, width) float32 on the device.
+
+        Raises:
+            BadInput: the number of bands differs.
+        """
+        tensor = torch.as_tensor(images)
+        if tensor.ndim != 4 or tensor.shape[1] != len(self.description.bands):
+            raise BadInput(
+                f"images of shape {tuple(tensor.shape)}: the network takes (batch,"
+                f" {len(self.description.bands)}, height, width), bands {', '.join(self.description.bands)}"
+            )
+        pixels = tensor.to(self.device).to(torch.float32)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, precision):
+            logits = dense_logits(self.module, self.description.normaliser(pixels))
+        return logits.float().softmax(1)
+
+    def predict(self, image: NDArray[Any], *, precision: Precision = "fp32") -> NDArray[np.uint8]:
+        """The class of every pixel of one image.
+
+        Args:
+            image: (bands, height, width), any size, pixels as in the data set.
+            precision: of the forward pass.
+
+        Returns:
+            (height, width) uint8 class ids.
+
+        Raises:
+            BadInput: the number of bands differs.
+        """
+        probabilities = self.probabilities(image[None], precision=precision)
+        return probabilities[0].argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means.
+
+    Args:
+        path: a run directory (its best checkpoint, or the latest where none was scored), a checkpoint,
+            or a file in one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    folder = path if path.is_dir() else path.parent
+    if (folder / checkpoint.MANIFEST).is_file():
+        return folder
+    run = RunDirectory(folder)
+    found = {entry.step: entry.folder for entry in checkpoint.entries(run.checkpoints)}
+    if not found:
+        raise CheckpointError(f"no checkpoint in {path}: give a run directory or a checkpoint")
+    scored = {step: score for step, score in run.evaluations().items() if step in found}
+    best = best_step(scored)
+    return found[max(found) if best is None else best]
+
+
+def load_run(path: str | Path, device: str | torch.device | None = None) -> TrainedModel:
+    """Load what a run has learned: the averaged weights where there are any.
+
+    Args:
+        path: a run directory, a checkpoint, or a file in one; see `find_checkpoint`.
+        device: where to; None takes the GPU where there is one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = _load_whole(Path(path))
+    try:
+        description = Description.from_dict(loaded.states["description"])
+        weights = loaded.states.get("ema") or loaded.states["model"]
+        module = build_model(description.model, len(description.bands), len(description.classes))
+        module.load_state_dict(weights)
+    except KeyError as error:
+        raise CheckpointError(f"{loaded.folder} has no state {error}") from None
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights in {loaded.folder} do not fit its description: {str(error).splitlines()[0]}"
+        ) from None
+    module = module.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return TrainedModel(module, description, chosen, loaded.step, loaded.folder)
+
+
+def _load_whole(path: Path) -> checkpoint.Checkpoint:
+    """The checkpoint meant; where a run's best is damaged, its newest whole one, with a warning."""
+    folder = find_checkpoint(path)
+    try:
+        return checkpoint.load(folder)
+    except AgrivisionError as error:
+        if folder == path or folder == path.parent:
+            raise
+        checkpoint.log.warning("%s; taking the newest whole checkpoint instead", error)
+        found = checkpoint.latest(folder.parent)
+        assert found is not None  # there are checkpoints, and latest() raises if none is whole
+        return found

@@ -1,0 +1,267 @@
+"""TensorBoard's event files, without holes or doubles however often a run is interrupted.
+
+The files are written here, with TensorBoard's own record format and messages, instead of by torch's
+SummaryWriter. That one writes in a background thread, which prints a traceback when the disk is full;
+names its files by the clock of the node, so that a job requeued on a node whose clock is behind writes
+a file that TensorBoard, which reads files in the order of their names, never opens; and does not fsync.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from agrivision.errors import AgrivisionError
+from agrivision.monitor.pictures import Picture, encode_png
+from agrivision.storage import replacing, storage_error
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "events.out.tfevents."
+_HEADER = struct.Struct("<QI")  # length of the message, checksum of the length
+_FOOTER_BYTES = 4  # checksum of the message
+_NOT_CONTENT = {"file_version", "session_log", None}  # kinds of events that show nothing
+
+
+class TensorBoard:
+    """Writes curves, pictures and texts to an event file in a run's `tensorboard/`.
+
+    The disk never stops a run from here: at its first refusal a warning is logged, `failed` becomes
+    true, and every later call does nothing.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        """Remove what an interrupted run wrote after its checkpoint, and open a new event file.
+
+        Args:
+            folder: made if it is missing.
+            resume_step: last step that the checkpoint holds; 0 for a new run, which removes
+                every event that the folder has.
+        """
+        self._folder = folder
+        self._first_step = resume_step + 1
+        self._file: IO[bytes] | None = None
+        self._failed = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_events(folder, resume_step or -1)
+            self._file = _new_file(folder).open("xb")
+        except (OSError, AgrivisionError) as error:
+            self._give_up(error)
+        self._open_events(resume_step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the disk refused something, so that the curves are not whole."""
+        return self._failed
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to each of some curves.
+
+        Args:
+            step: optimiser steps done.
+            values: by tag, such as `loss/total`, `train/lr`, `score/miou`, `iou/CLASS`.
+        """
+        entries = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
+        self._write(step, Summary(value=entries))
+
+    def pictures(self, step: int, tag: str, image: Picture) -> None:
+        """Add a picture, uint8 of shape (height, width, 3), RGB."""
+        height, width, _ = image.shape
+        content = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=encode_png(image)
+        )
+        self._write(step, Summary(value=[Summary.Value(tag=tag, image=content)]))
+
+    def text(self, tag: str, text: str) -> None:
+        """Add a text in Markdown, at the first step of this turn of the run.
+
+        A run that is resumed at the same step again replaces it; at a later one, both are kept.
+        """
+        plugin = SummaryMetadata.PluginData(plugin_name="text")
+        tensor = TensorProto(
+            dtype="DT_STRING",
+            string_val=[text.encode()],
+            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+        )
+        metadata = SummaryMetadata(plugin_data=plugin)
+        value = Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor)
+        self._write(self._first_step, Summary(value=[value]))
+
+    def flush(self) -> None:
+        """Bring everything onto the disk; call it before a checkpoint that counts on these steps."""
+        if self._file is None:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Flush and close; a second call does nothing."""
+        self.flush()
+        self._close_file()
+
+    def _write(self, step: int, summary: Any) -> None:
+        self._add(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _open_events(self, resume_step: int) -> None:
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if resume_step:
+            # A TensorBoard that is running has read the removed steps already: this makes it forget.
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(wall_time=time.time(), step=self._first_step, session_log=start))
+
+    def _add(self, event: Any) -> None:
+        """Append one event and hand it to the operating system, so that a kill does not lose it."""
+        if self._file is None:
+            return
+        try:
+            RecordWriter(self._file).write(event.SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError | AgrivisionError) -> None:
+        self._failed = True
+        self._close_file()
+        said = storage_error(self._folder, error) if isinstance(error, OSError) else error
+        logger.warning("no more TensorBoard events, training goes on: %s", said)
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            file.close()  # tries once more to write what is buffered
+        except OSError as error:
+            logger.debug("closing an event file: %s", error)
+
+
+def _new_file(folder: Path) -> Path:
+    """A name that sorts after those that are there, whatever this node's clock says."""
+    stamps = [_stamp(path) + 1 for path in _event_files(folder)]
+    stamp = max([int(time.time()), *stamps])
+    return folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{_PREFIX}*"))
+
+
+def _stamp(path: Path) -> int:
+    """The time in an event file's name, in seconds since 1970; 0 where it has none."""
+    match = re.match(r"\d{1,12}(?=\.)", path.name.removeprefix(_PREFIX))
+    return int(match[0]) if match else 0
+
+
+def keep_events(folder: Path, last_step: int) -> int:
+    """Remove the events after a step, and records that a kill left torn, from a folder's event files.
+
+    A file that loses nothing is not touched; one with nothing left to show is removed.
+
+    Args:
+        folder: event files in its subfolders are left alone.
+        last_step: events of later steps go.
+
+    Returns:
+        How many events went.
+
+    Raises:
+        StorageError, NotWritable: the disk refused; the file is then as it was.
+    """
+    return sum(_keep_events_of_file(path, last_step) for path in _event_files(folder))
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What one event file holds: events to keep that show something, events to drop, a torn end."""
+
+    content: int
+    dropped: int
+    torn: bool
+
+
+def _keep_events_of_file(path: Path, last_step: int) -> int:
+    try:
+        findings = _examine(path, last_step)
+        if not findings.content:
+            path.unlink()
+            return findings.dropped
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if findings.dropped or findings.torn:
+        _rewrite(path, last_step)
+    return findings.dropped
+
+
+def _examine(path: Path, last_step: int) -> _Findings:
+    content = dropped = size = 0
+    with path.open("rb") as file:
+        for event, record in _records(file):
+            size += len(record)
+            if _goes(event, last_step):
+                dropped += 1
+            elif event.WhichOneof("what") not in _NOT_CONTENT:
+                content += 1
+    return _Findings(content, dropped, torn=size != path.stat().st_size)
+
+
+def _goes(event: Any, last_step: int) -> bool:
+    return bool(event.step > last_step and event.WhichOneof("what") != "file_version")
+
+
+def _rewrite(path: Path, last_step: int) -> None:
+    with path.open("rb") as old, replacing(path) as new:
+        for event, record in _records(old):
+            if not _goes(event, last_step):
+                new.write(record)
+
+
+def _records(file: IO[bytes]) -> Iterator[tuple[Any, bytes]]:
+    """The events of a file, each with its record as it stands there, up to the first torn one.
+
+    TensorBoard's reader would do, but it computes the checksum of every message in Python: many seconds
+    for a folder with pictures. The length is checked by its checksum, the message by being parsed.
+    """
+    while len(header := file.read(_HEADER.size)) == _HEADER.size:
+        length, checksum = _HEADER.unpack(header)
+        if masked_crc32c(header[:8]) != checksum:
+            return
+        body = file.read(length + _FOOTER_BYTES)
+        if len(body) != length + _FOOTER_BYTES:
+            return
+        try:
+            event = Event.FromString(body[:length])
+        except DecodeError:
+            return
+        yield event, header + body

@@ -1,0 +1,180 @@
+"""Configuration from YAML files and the command line, with errors that fit on one line.
+
+jsonargparse does the work; this module looks at the keys first, so that a misspelt one is answered
+with the valid ones, and shortens what jsonargparse says of values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from agrivision.config import Config, flatten
+from agrivision.errors import BadInput, ConfigurationError
+
+_KEYS = flatten(Config().to_dict())
+_SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
+_OTHERS = {"config", "print_config", "help"}
+
+
+def train_parser() -> jsonargparse.ArgumentParser:
+    """Parser of `agrivision train`: the configuration, and where the run goes."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="agrivision train",
+        description="Train, or go on with a run that was interrupted. --section.key value overrides"
+        " the YAML file.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with the configuration")
+    parser.add_argument("--run_dir", type=str, required=True, help="folder of the run")
+    parser.add_argument(
+        "--resume_with_changes",
+        action="store_true",
+        help="go on although the configuration or the data set differs from the run's",
+    )
+    parser.add_class_arguments(Config, nested_key=None)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What the command line of `agrivision train` says.
+
+    Attributes:
+        config: of the run.
+        run_dir: its folder.
+        resume_with_changes: go on although something differs.
+    """
+
+    config: Config
+    run_dir: Path
+    resume_with_changes: bool
+
+
+def parse_train(argv: Sequence[str]) -> TrainOptions:
+    """Parse the arguments after `agrivision train`.
+
+    Without --config, a run directory that has a configuration already lends its own.
+
+    Raises:
+        ConfigurationError: a key or value is wrong; the line names it.
+        BadInput: another argument is wrong.
+    """
+    arguments = list(argv)
+    own = {"--run_dir", "--resume_with_changes"}
+    _check_flags(arguments, own)
+    file, run_dir = _value_of(arguments, "--config"), _value_of(arguments, "--run_dir")
+    if file is None and run_dir is not None:
+        mine = Path(run_dir) / "config.yaml"
+        if mine.is_file():
+            file = str(mine)
+            arguments = ["--config", file, *arguments]
+    if file is not None:
+        _check_file(Path(file))
+    parser = train_parser()
+    try:
+        parsed = parser.parse_args(arguments)
+        built = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise _shortened(error) from None
+    fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(Config)}
+    return TrainOptions(Config(**fields), Path(built.run_dir), built.resume_with_changes)
+
+
+def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file, as `agrivision train --config FILE` takes it.
+
+    Args:
+        file: YAML.
+        overrides: as on the command line: `["--optimizer.lr", "1e-3"]`.
+
+    Raises:
+        ConfigurationError: a key or value is wrong; the line names it.
+    """
+    return parse_train(["--config", str(file), "--run_dir", ".", *overrides]).config
+
+
+def _value_of(arguments: Sequence[str], flag: str) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _check_flags(arguments: Sequence[str], own: set[str]) -> None:
+    for argument in arguments:
+        if argument.startswith("--") and len(argument) > 2:
+            key = argument[2:].partition("=")[0]
+            known = key in _KEYS or key in _SECTIONS or key in _OTHERS or f"--{key}" in own
+            if not known:
+                raise _unknown(key, "on the command line")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigurationError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the configuration {path}: {error}") from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ConfigurationError(f"the configuration {path} is not valid YAML: {where}") from None
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"the configuration {path} holds no keys")
+    for key in flatten(content):
+        if key in _SECTIONS:
+            raise ConfigurationError(f"{path}: {key} is a section: it holds keys, not a value")
+        if key not in _KEYS:
+            raise _unknown(key, f"in {path}")
+
+
+def _unknown(key: str, where: str) -> ConfigurationError:
+    section, dot, _ = key.partition(".")
+    if dot and section in _SECTIONS:
+        valid = [name for name in _KEYS if name.startswith(f"{section}.")]
+    else:
+        valid = sorted({name.partition(".")[0] for name in _KEYS})
+    close = difflib.get_close_matches(key, list(_KEYS), n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return ConfigurationError(f"unknown key {key} {where}{hint}; valid: {', '.join(valid)}")
+
+
+def _shortened(error: ArgumentError) -> BadInput:
+    """jsonargparse's many lines in one: the key, the value, what was wanted."""
+    text = str(error)
+    key = re.search(r'[Kk]ey "([^"]+)"', text)
+    value = re.search(r"(?:Given|Got) value: (.*)", text)
+    if key is not None and key[1] in _KEYS and value is not None:
+        return ConfigurationError(f"{key[1]} is {value[1].strip()!r}: it must be {_wanted(key[1])}")
+    return BadInput(" ".join(text.split()))
+
+
+def _wanted(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    owner: Any = Config
+    if section:
+        owner = typing.get_type_hints(Config)[section]
+    return _words(typing.get_type_hints(owner)[name])
+
+
+def _words(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_words(part) for part in typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "null" if kind is type(None) else str(kind))

@@ -1,0 +1,89 @@
+"""The optimiser of a model, and its state by the names of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from agrivision.config import OptimizerConfig
+from agrivision.errors import CheckpointError
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or SGD over the parameters of a model.
+
+    Vectors (biases, normalisation) are not decayed: pulling them to zero regularises nothing.
+
+    Args:
+        model: whose parameters are optimised, on their device.
+        config: which algorithm, with which constants.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in self._named.values() if p.ndim > 1]
+        vectors = [p for p in self._named.values() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self._optimizer = _build(groups, config)
+        self._clip_norm = config.clip_norm
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def clip(self) -> torch.Tensor:
+        """Scale the gradients down to the configured norm; returns their L2 norm before, a scalar."""
+        limit = float("inf") if self._clip_norm is None else self._clip_norm
+        return nn.utils.clip_grad_norm_(list(self._named.values()), limit)
+
+    def step(self, learning_rate: float) -> None:
+        """Change the weights."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Flat: `exp_avg/PARAMETER` and so on."""
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self._named.items()
+            for key, value in self._optimizer.state[parameter].items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over a state.
+
+        Raises:
+            CheckpointError: it belongs to other parameters.
+        """
+        self._optimizer.state.clear()
+        for path, value in state.items():
+            key, _, name = path.partition("/")
+            parameter = self._named.get(name)
+            if parameter is None or (value.ndim and value.shape != parameter.shape):
+                raise CheckpointError(f"the optimiser's state {path} fits no parameter of this model")
+            if value.ndim == 0:  # AdamW's count of steps: where it lives is the optimiser's affair
+                device = parameter.device if self._optimizer.defaults.get("fused") else value.device
+                self._optimizer.state[parameter][key] = value.clone().to(device)
+            else:
+                moment = torch.empty_like(parameter)  # the same memory format, hence the same bits
+                self._optimizer.state[parameter][key] = moment.copy_(value)
+
+
+def _build(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    on_gpu = groups[0]["params"][0].is_cuda
+    if config.name == "adamw":
+        betas = (config.beta1, config.beta2)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=on_gpu)
+    nesterov = config.momentum > 0
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=on_gpu
+    )

@@ -1,0 +1,210 @@
+"""What a run leaves behind besides checkpoints: log lines, metrics, curves, pictures, sample lists.
+
+Rank 0 writes all of it; the other ranks only their lists of samples. A run that goes on from step S
+first removes what the interrupted attempt wrote about later steps, so that each step stands there once.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from agrivision.evaluation.evaluate import Evaluation
+from agrivision.monitor.metrics import MetricsLog, keep_steps
+from agrivision.monitor.pictures import Picture
+from agrivision.monitor.progress import Progress, progress
+from agrivision.monitor.tensorboard import TensorBoard
+from agrivision.rundir import RunDirectory
+from agrivision.storage import make_private
+from agrivision.world import World
+
+
+class Record:
+    """Writes about a run into its directory; use it in a `with` statement.
+
+    Args:
+        run: its directory; it exists.
+        world: who writes.
+        resume_step: the step that the run goes on from, 0 for a new one.
+        total_steps: of the whole run.
+        tensorboard: write event files.
+        samples: write the list of samples.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        world: World,
+        *,
+        resume_step: int,
+        total_steps: int,
+        tensorboard: bool,
+        samples: bool,
+    ) -> None:
+        self._stack = ExitStack()
+        make_private(run.log)
+        self._metrics: MetricsLog | None = None
+        self._board: TensorBoard | None = None
+        self._bar: Progress | None = None
+        self._samples: MetricsLog | None = None
+        if samples:
+            self._samples = self._open(MetricsLog(run.log / f"samples-{world.rank}.jsonl"))
+        if not world.is_main:
+            return
+        self._metrics = self._open(MetricsLog(run.metrics))
+        if tensorboard:
+            self._board = self._open(TensorBoard(run.tensorboard, resume_step))
+        self._bar = progress("training", total_steps, done=resume_step)
+        self._rates = _Rates()
+
+    def _open(self, thing: Any) -> Any:
+        return self._stack.enter_context(thing)
+
+    def __enter__(self) -> Record:
+        if self._bar is not None:
+            self._stack.enter_context(self._bar)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def sampled(self, step: int, epoch: int, keys: Sequence[str]) -> None:
+        """A step consumed these tiles on this rank."""
+        if self._samples is not None:
+            self._samples.append({"epoch": epoch, "step": step, "keys": list(keys)})
+
+    def stepped(self, images: int) -> None:
+        """A step is done, with this many images over all ranks."""
+        if self._bar is not None:
+            self._rates.images += images
+            self._bar.advance(1)
+
+    def trained(self, step: int, epoch: int, values: Mapping[str, float], waited: float) -> None:
+        """Write the means since the last such call.
+
+        Args:
+            step: optimiser steps done.
+            epoch: of the step.
+            values: `total`, `cross_entropy`, `dice`, `gradient_norm`, `learning_rate`.
+            waited: seconds that rank 0 has waited for pixels since the start of the process.
+        """
+        if self._metrics is None:
+            return
+        values = dict(values) | self._rates.take(waited)
+        self._metrics.append({"kind": "training", "step": step, "epoch": epoch, **values})
+        if self._board is not None:
+            self._board.scalars(step, {_TAGS.get(name, name): value for name, value in values.items()})
+        if self._bar is not None:
+            shown = {"loss": values["total"]} if "total" in values else {}
+            self._bar.advance(0, **shown, **{"images/s": values["images_per_second"]})
+
+    def evaluated(self, step: int, epoch: int, evaluation: Evaluation, seconds: float) -> None:
+        """Write an evaluation of the validation split."""
+        if self._metrics is None:
+            return
+        found = evaluation.scores
+        row = {"kind": "evaluation", "step": step, "epoch": epoch, "miou": found.miou, "iou": found.iou}
+        self._metrics.append(row | {"seconds": seconds})
+        self._metrics.flush()
+        if self._board is not None:
+            self._board.scalars(step, dict(_score_tags(evaluation)))
+        if self._bar is not None:
+            self._bar.advance(0, mIoU=found.miou if found.miou is not None else "none")
+            self._bar.note(
+                f"epoch {epoch}, step {step}: mIoU {_three(found.miou)} ({_by_class(found.iou)})"
+            )
+
+    def pictures(self, step: int, panels: Mapping[str, Picture]) -> None:
+        """Draw panels in TensorBoard."""
+        if self._board is not None:
+            for tag, picture in panels.items():
+                self._board.pictures(step, tag, picture)
+
+    def text(self, tag: str, text: str) -> None:
+        """Write a text into TensorBoard."""
+        if self._board is not None:
+            self._board.text(tag, text)
+
+    def flush(self) -> None:
+        """Bring everything onto the disk, before a checkpoint that counts on it."""
+        for file in (self._metrics, self._board, self._samples):
+            if file is not None:
+                file.flush()
+
+
+_TAGS = {
+    "total": "loss/total",
+    "cross_entropy": "loss/cross_entropy",
+    "dice": "loss/dice",
+    "gradient_norm": "train/gradient_norm",
+    "learning_rate": "train/learning_rate",
+    "images_per_second": "speed/images_per_second",
+    "waiting_share": "speed/waiting_share",
+    "memory_gib": "speed/memory_gib",
+}
+
+
+def _score_tags(evaluation: Evaluation) -> Iterator[tuple[str, float]]:
+    found = evaluation.scores
+    if found.miou is not None:
+        yield "score/miou", found.miou
+    for kind in ("iou", "precision", "recall"):
+        for name, value in getattr(found, kind).items():
+            if value is not None:
+                yield f"{kind}/{name}", value
+
+
+def _three(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _by_class(iou: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {_three(value)}" for name, value in iou.items())
+
+
+class _Rates:
+    """Images a second, the share of time spent waiting for data, and memory, since the last look."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def take(self, waited: float) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        rates = {
+            "images_per_second": self.images / seconds,
+            "waiting_share": min(1.0, (waited - self._waited) / seconds),
+            "memory_gib": _memory_gib(),
+        }
+        self.images, self._since, self._waited = 0, now, waited
+        return rates
+
+
+def _memory_gib() -> float:
+    """Peak memory of the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def forget_after(run: RunDirectory, step: int) -> None:
+    """Remove what an interrupted attempt wrote about steps after `step`; rank 0 does it for all.
+
+    Also for ranks that do not exist any more: a run may go on with fewer.
+
+    Raises:
+        StorageError, NotWritable: the disk refused.
+    """
+    keep_steps(run.metrics, step)
+    for path in sorted(run.log.glob("samples-*.jsonl")):
+        keep_steps(path, step)

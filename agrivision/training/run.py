@@ -1,0 +1,472 @@
+"""A run from configuration to score: where data, model, training, evaluation and monitor meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from agrivision import checkpoint
+from agrivision.config import Config, flatten
+from agrivision.data.augment import Augment, Normaliser
+from agrivision.data.loader import TrainLoader
+from agrivision.data.order import Order
+from agrivision.data.schema import Schema
+from agrivision.data.shards import SplitReader
+from agrivision.distributed import Ranks, connected, pick_device
+from agrivision.errors import (
+    AgrivisionError,
+    BadInput,
+    ConfigurationError,
+    Diverged,
+    ExitCode,
+    PeerLost,
+    RunMismatch,
+)
+from agrivision.evaluation.evaluate import Evaluation, evaluate
+from agrivision.inference.trained import Description
+from agrivision.model.build import build_model
+from agrivision.model.losses import LabelSetLoss, class_weights
+from agrivision.monitor.log import configure_log
+from agrivision.rundir import RunDirectory, best_step
+from agrivision.storage import make_private, write_atomically
+from agrivision.training import provenance
+from agrivision.training.preemption import StopRequest
+from agrivision.training.record import Record, forget_after
+from agrivision.training.showcase import draw_panels
+from agrivision.training.trainer import SaveClock, Step, Trainer
+from agrivision.world import World
+
+log = logging.getLogger(__name__)
+
+# Keys that change nothing of what is computed: a run may go on with others.
+FREE_KEYS = ("data.path", "data.threads", "data.prefetch", "monitor.", "training.keep_")
+_FREE_PREFIXES = (*FREE_KEYS, "training.checkpoint_every_")
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    world: World | None = None,
+    stop: StopRequest | None = None,
+    resume_with_changes: bool = False,
+) -> ExitCode:
+    """Train, from the beginning or from the latest checkpoint in the run directory.
+
+    Args:
+        config: of the run.
+        run_dir: made if it does not exist, readable by its owner only.
+        world: this process among the ranks; None reads the environment.
+        stop: asks the run to stop; None for never.
+        resume_with_changes: go on although the configuration or the data set differs.
+
+    Returns:
+        DONE when all steps are done and scored, STOPPED after a stop was asked for and saved.
+
+    Raises:
+        AgrivisionError: in one line, what is wrong and what to do.
+    """
+    world = world or World.from_environment()
+    stop = stop or StopRequest()
+    run = RunDirectory(run_dir)
+    make_private(run.path)
+    configure_log(world.rank, run.log / f"rank-{world.rank}.log")
+    _prepare_kernels(config, world)
+    device = pick_device(world)
+    with connected(world, device) as ranks:
+        if not world.is_main:
+            return _train(config, run, ranks, device, stop, resume_with_changes)
+        with run.locked():
+            return _train(config, run, ranks, device, stop, resume_with_changes)
+
+
+def _prepare_kernels(config: Config, world: World) -> None:
+    if config.training.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, which it reads when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    torch.backends.cudnn.benchmark = not config.training.deterministic
+    if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // world.local_size))
+
+
+def _train(
+    config: Config,
+    run: RunDirectory,
+    ranks: Ranks,
+    device: torch.device,
+    stop: StopRequest,
+    resume_with_changes: bool,
+) -> ExitCode:
+    data = _open_data(config)
+    _check_fit(config, data, ranks.world)
+    loaded = _find_start(config, run, ranks, data.schema.fingerprint, resume_with_changes)
+    order = Order(size=len(data.train), batch_size=config.data.batch_size, seed=config.seed)
+    loader = TrainLoader(
+        data.train,
+        order,
+        ranks.world,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        pinned=device.type == "cuda",
+    )
+    with loader:
+        trainer = _build_trainer(config, data, loader, ranks, device, fresh=loaded is None)
+        if loaded is not None:
+            trainer.load_states(loaded.states)
+        if ranks.world.is_main:
+            _write_about(config, run, ranks, device, data.schema, trainer.progress.step)
+        record = Record(
+            run,
+            ranks.world,
+            resume_step=trainer.progress.step,
+            total_steps=trainer.total_steps,
+            tensorboard=config.monitor.tensorboard,
+            samples=config.monitor.log_samples,
+        )
+        with record:
+            return _Run(config, run, ranks, device, data, loader, trainer, record, stop).go()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    schema: Schema
+    train: SplitReader
+    val: SplitReader
+
+
+def _open_data(config: Config) -> _Data:
+    if not config.data.path:
+        raise ConfigurationError("data.path is missing: give the folder of a prepared data set")
+    folder = Path(config.data.path)
+    schema = Schema.read(folder)
+    schema.split(config.data.train_split, labelled=True)
+    schema.split(config.data.val_split, labelled=True)
+    return _Data(
+        schema=schema,
+        train=SplitReader(folder, schema, config.data.train_split),
+        val=SplitReader(folder, schema, config.data.val_split),
+    )
+
+
+def _check_fit(config: Config, data: _Data, world: World) -> None:
+    """Find what does not fit together before anything is written."""
+    tile, crop = data.schema.tile, config.data.crop
+    if crop is not None and crop > tile:
+        raise ConfigurationError(f"data.crop is {crop}, but the tiles are {tile} pixels wide")
+    if config.data.batch_size < world.size:
+        raise ConfigurationError(
+            f"data.batch_size is {config.data.batch_size}, but there are {world.size} ranks:"
+            " each needs at least one sample"
+        )
+    if config.training.sync_batchnorm and not torch.cuda.is_available():
+        raise ConfigurationError("training.sync_batchnorm works on GPUs only, and there is none here")
+    model = dataclasses.replace(config.model, encoder_weights=None)
+    with torch.device("meta"):
+        probe = build_model(model, len(data.schema.bands), len(data.schema.classes)).eval()
+        images = torch.empty(1, len(data.schema.bands), crop or tile, crop or tile)
+        try:
+            probe(images)
+        except ValueError as error:
+            raise ConfigurationError(f"data.crop is {crop or tile}: {error}") from None
+
+
+def _find_start(
+    config: Config, run: RunDirectory, ranks: Ranks, fingerprint: str, resume_with_changes: bool
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from. Rank 0 decides what exists; file systems may lag elsewhere."""
+    decision: dict[str, Any] = {"error": None, "name": None}
+    found = None
+    if ranks.world.is_main:
+        try:
+            found = checkpoint.latest(run.checkpoints)
+            if found is not None:
+                _compare(config, run, fingerprint, resume_with_changes)
+                checkpoint.set_aside(run.checkpoints, found.step)
+                decision["name"] = found.folder.name
+            forget_after(run, 0 if found is None else found.step)
+        except AgrivisionError as error:
+            decision["error"] = str(error)
+            ranks.from_main(decision)
+            raise
+    decision = ranks.from_main(decision)
+    if decision["error"] is not None:
+        raise BadInput(f"rank 0 cannot start: {decision['error']}")
+    if decision["name"] is None or found is not None:
+        return found
+    return checkpoint.load(_wait_for(run.checkpoints / decision["name"]))
+
+
+def _wait_for(folder: Path, seconds: float = 60.0) -> Path:
+    """A folder that another node has just written; NFS may show it up to half a minute late."""
+    end = time.monotonic() + seconds
+    while not (folder / checkpoint.MANIFEST).is_file() and time.monotonic() < end:
+        time.sleep(0.5)
+    return folder
+
+
+def _compare(config: Config, run: RunDirectory, fingerprint: str, resume_with_changes: bool) -> None:
+    """Refuse, or say, what differs from the run that the directory belongs to."""
+    changes = _differences(config, run)
+    attempts = provenance.attempts(run)
+    before = attempts[-1].get("data_fingerprint") if attempts else None
+    if before is not None and before != fingerprint:
+        changes.append(
+            f"the data set in {config.data.path} is another one (fingerprint {fingerprint[:12]})"
+        )
+    if not changes:
+        return
+    said = "; ".join(changes)
+    if not resume_with_changes:
+        raise RunMismatch(
+            f"{run.path} belongs to another run: {said}. Choose another --run_dir, restore the values,"
+            " or pass --resume_with_changes"
+        )
+    log.warning("going on with changes: %s", said)
+
+
+def _differences(config: Config, run: RunDirectory) -> list[str]:
+    try:
+        before = flatten(yaml.safe_load(run.config.read_text()))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise RunMismatch(f"cannot read {run.config}: {error}") from None
+    now = flatten(config.to_dict())
+    keys = sorted(key for key in before.keys() | now.keys() if not key.startswith(_FREE_PREFIXES))
+    missing = object()
+    return [
+        f"{key} was {before.get(key, 'not there')!r} and is {now.get(key, 'not there')!r}"
+        for key in keys
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+
+
+def _build_trainer(
+    config: Config,
+    data: _Data,
+    loader: TrainLoader,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    fresh: bool,
+) -> Trainer:
+    schema = data.schema
+    torch.manual_seed(config.seed)
+    # A run that goes on has the encoder's weights in its checkpoint; the file may be gone by then.
+    encoder_weights = config.model.encoder_weights if fresh else None
+    network = dataclasses.replace(config.model, encoder_weights=encoder_weights)
+    model: nn.Module = build_model(network, len(schema.bands), len(schema.classes))
+    if config.training.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
+    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+    pixels = data.train.split.class_pixels
+    weights = class_weights(pixels, config.loss.class_weights, config.loss.max_class_weight)
+    total = loader.order.steps_per_epoch * config.training.epochs
+    if config.training.max_steps is not None:
+        total = min(total, config.training.max_steps)
+    return Trainer(
+        config,
+        model,
+        LabelSetLoss(weights, config.loss.dice_weight).to(device),
+        Augment(
+            config=config.augment,
+            normaliser=Normaliser.of(schema),
+            crop=config.data.crop,
+            seed=config.seed,
+        ),
+        loader,
+        ranks,
+        device,
+        total,
+    )
+
+
+def _write_about(
+    config: Config, run: RunDirectory, ranks: Ranks, device: torch.device, schema: Schema, step: int
+) -> None:
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    write_atomically(run.config, text.encode())
+    attempt = provenance.describe(ranks.world, device, schema.fingerprint, step)
+    provenance.add_attempt(run, attempt)
+    log.info(
+        "%s: %d ranks on %s, %s %d", run.path, ranks.world.size, attempt["device"],
+        "going on from step" if step else "starting at step", step,
+    )  # fmt: skip
+
+
+class _Run:
+    """What happens between the steps: log, evaluate, save, leave."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        ranks: Ranks,
+        device: torch.device,
+        data: _Data,
+        loader: TrainLoader,
+        trainer: Trainer,
+        record: Record,
+        stop: StopRequest,
+    ) -> None:
+        self._config, self._run, self._ranks, self._device = config, run, ranks, device
+        self._data, self._loader, self._trainer = data, loader, trainer
+        self._record, self._stop = record, stop
+        self._clock = SaveClock(
+            config.training.checkpoint_every_minutes if ranks.world.is_main else None
+        )
+        self._saved_step = trainer.progress.step if trainer.progress.step else -1
+
+    def go(self) -> ExitCode:
+        """Train to the end, or until somebody asks to stop."""
+        config, progress = self._config, self._trainer.progress
+        self._record.text("config", f"```yaml\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```")
+        if progress.step and not self._evaluate_if_due():  # the attempt before may have missed it
+            return self._leave()
+        for step in self._trainer.steps(self._stop, self._clock):
+            self._write(step)
+            if progress.nonfinite >= config.training.max_nonfinite_steps:
+                raise Diverged(
+                    f"the loss was not finite in {progress.nonfinite} steps in a row, the last one"
+                    f" step {step.number}: lower optimizer.lr, or train in fp32"
+                )
+            if self._save_is_due(step):
+                self._save()
+            if step.unreadable:
+                raise self._unreadable()
+            if step.stop or not self._evaluate_if_due():
+                return self._leave()
+        if self._saved_step != progress.step:
+            self._save()
+        log.info("done after %d steps; results in %s", progress.step, self._run.path)
+        return ExitCode.DONE
+
+    @property
+    def _epoch(self) -> int:
+        return self._trainer.progress.cursor // self._loader.order.size
+
+    def _ends_epoch(self) -> bool:
+        return self._trainer.progress.cursor % self._loader.order.size == 0
+
+    def _is_last(self) -> bool:
+        return self._trainer.progress.step >= self._trainer.total_steps
+
+    def _write(self, step: Step) -> None:
+        whole = step.batch.whole
+        assert whole is not None
+        if self._config.monitor.log_samples:
+            keys = [self._data.train.key(tile) for tile in step.batch.tiles[: step.batch.count]]
+            self._record.sampled(step.number, whole.epoch, keys)
+        if step.skipped:
+            log.warning("the loss of step %d is not finite: the step is skipped", step.number)
+        self._record.stepped(whole.count)
+        if step.number % self._config.monitor.log_every_steps == 0 or self._is_last():
+            values = self._trainer.progress.take_means() | {"learning_rate": step.learning_rate}
+            self._record.trained(step.number, whole.epoch, values, self._loader.waited)
+
+    def _save_is_due(self, step: Step) -> bool:
+        training = self._config.training
+        epochs, steps = training.checkpoint_every_epochs, training.checkpoint_every_steps
+        due = (
+            step.save
+            or step.stop
+            or step.unreadable > 0
+            or (steps is not None and step.number % steps == 0)
+            or (epochs > 0 and self._ends_epoch() and self._epoch % epochs == 0)
+        )
+        return due or self._is_last()
+
+    def _save(self) -> None:
+        """Save on rank 0; all ranks learn whether it worked."""
+        self._record.flush()
+        error = self._save_on_main() if self._ranks.world.is_main else None
+        if self._ranks.largest(int(error is not None))[0]:
+            raise error or PeerLost("rank 0 could not save the checkpoint: see its own line")
+        self._clock.restart()
+        self._saved_step = self._trainer.progress.step
+
+    def _save_on_main(self) -> AgrivisionError | None:
+        progress, training = self._trainer.progress, self._config.training
+        begin = time.perf_counter()
+        description = Description.of(self._config.model, self._data.schema).to_dict()
+        states: Mapping[str, Mapping[str, Any]] = self._trainer.states() | {"description": description}
+        milestone = (
+            training.keep_every > 0 and self._ends_epoch() and self._epoch % training.keep_every == 0
+        )
+        try:
+            path = checkpoint.save(
+                self._run.checkpoints,
+                states,
+                step=progress.step,
+                epoch=self._epoch,
+                milestone=milestone,
+            )
+        except AgrivisionError as error:
+            return error
+        best = best_step(self._run.evaluations())
+        keep = () if best is None else (best,)
+        checkpoint.tidy(self._run.checkpoints, training.keep_last, keep)
+        log.info("step %d saved in %.1f s: %s", progress.step, time.perf_counter() - begin, path.name)
+        return None
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate where the configuration wants it; False when it was stopped on the way."""
+        every = self._config.training.evaluate_every_epochs
+        due = every > 0 and self._ends_epoch() and self._epoch % every == 0
+        step = self._trainer.progress.step
+        if not (due or self._is_last()) or self._ranks.from_main(step in self._run.evaluations()):
+            return True
+        begin = time.perf_counter()
+        evaluation = self._evaluate()
+        if evaluation is None:
+            return False
+        self._record.evaluated(step, self._epoch, evaluation, time.perf_counter() - begin)
+        if self._ranks.world.is_main and self._config.monitor.tensorboard:
+            self._record.pictures(step, self._panels())
+        return True
+
+    def _evaluate(self) -> Evaluation | None:
+        return evaluate(
+            self._trainer.evaluated,
+            self._data.val,
+            Normaliser.of(self._data.schema),
+            self._ranks,
+            self._device,
+            batch_size=self._config.evaluation.batch_size,
+            threads=self._config.data.threads,
+            precision=self._config.training.precision,
+            stop=lambda: self._stop.made,
+        )
+
+    def _panels(self) -> Mapping[str, Any]:
+        return draw_panels(
+            self._trainer.evaluated,
+            self._data.val,
+            self._device,
+            count=self._config.monitor.images,
+            precision=self._config.training.precision,
+        )
+
+    def _unreadable(self) -> AgrivisionError:
+        trouble = self._trainer.trouble
+        return trouble or BadInput("another rank could not read its data: see its own line")
+
+    def _leave(self) -> ExitCode:
+        if self._saved_step != self._trainer.progress.step:
+            self._save()
+        reason = self._stop.reason or "another rank was asked to stop"
+        log.info("stopped at step %d (%s); the same command goes on", self._saved_step, reason)
+        return ExitCode.STOPPED

@@ -1,0 +1,130 @@
+"""Several ranks on this machine, with exit codes and signals as a cluster would have them.
+
+`python -m launch.local --ranks 2 train --config … --run_dir …`
+
+torchrun does the same and more, but answers every failure with exit code 1: whoever waits for 85
+("checkpointed, wants another turn") never sees it. Here the ranks meet at a file in a private folder
+instead of a port, so nothing listens beyond loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 60.0  # between TERM and KILL for the ranks that are left when one has failed
+_STOPPED = 85
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run the ranks; returns their exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.local", description=__doc__)
+    parser.add_argument("--ranks", type=int, required=True, help="processes to start")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, help="command of agrivision and its arguments"
+    )
+    args = parser.parse_args(argv)
+    if args.ranks < 1 or not args.command:
+        parser.error(
+            "give --ranks of at least 1, and a command such as: train --config FILE --run_dir DIR"
+        )
+    return run_ranks([sys.executable, "-m", "agrivision", *args.command], args.ranks)
+
+
+def run_ranks(command: Sequence[str], ranks: int) -> int:
+    """Start a command once for each rank, pass signals on, and wait for all.
+
+    When a rank fails the others get SIGTERM, as `srun --kill-on-bad-exit` does it, and SIGKILL a
+    minute later. A rank that was merely asked to stop (85) is no failure.
+
+    Args:
+        command: program and arguments; never a shell string.
+        ranks: how many.
+
+    Returns:
+        0 if all ranks ended well; else the exit code of the first that failed, or 85 if all that did
+        not end well had been asked to stop.
+    """
+    with tempfile.TemporaryDirectory(prefix="agrivision-ranks-") as folder:
+        processes = [
+            subprocess.Popen(list(command), env=rank_environment(rank, ranks, Path(folder)))
+            for rank in range(ranks)
+        ]
+        with _Forwarding(processes):
+            return _wait(processes)
+
+
+def rank_environment(rank: int, ranks: int, folder: Path) -> Mapping[str, str]:
+    """The environment of one rank: torchrun's variables, and a file to meet at."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "AGRIVISION_RENDEZVOUS_FILE": str(folder / "rendezvous"),
+    }
+
+
+class _Forwarding:
+    """Passes SIGTERM, SIGUSR1 and SIGINT on to the ranks while the block runs."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        self._processes = processes
+        self._before: dict[int, object] = {}
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        # Ctrl-C in a terminal reaches the ranks by itself, and a second one ends them at once.
+        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
+            return
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def __enter__(self) -> None:
+        for number in self._SIGNALS:
+            self._before[number] = signal.signal(number, self._forward)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    deadline = None
+    first = 0
+    while any(process.poll() is None for process in processes):
+        bad = [p.returncode for p in processes if p.returncode not in (None, 0, _STOPPED)]
+        if bad and deadline is None:
+            first, deadline = bad[0], time.monotonic() + _GRACE_SECONDS
+            _signal_all(processes, signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            _signal_all(processes, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+    codes = [process.returncode for process in processes]
+    bad = [code for code in codes if code not in (0, _STOPPED)]
+    code = first or (bad[0] if bad else max(codes))
+    return 128 - code if code < 0 else code  # as a shell tells a death by signal
+
+
+def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
