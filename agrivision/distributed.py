@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -90,6 +90,17 @@ class Ranks:
                 content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
             dist.broadcast(content, src=0)
         return json.loads(content.numpy().tobytes())
+
+    def take_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors, on their devices, with those of rank 0.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        if self.world.size > 1:
+            with peers_may_fail():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.world.size > 1:

@@ -100,6 +100,8 @@ def describe(shape: tuple[int, ...]) -> str:
 
 
 def _decode_tiff(content: bytes | memoryview, out: NDArray[Any]) -> None:
+    if not content:  # rasterio takes that for a file to be written
+        raise DatasetError("not a whole TIFF (it is empty)")
     rasterio = geodata()
     try:
         with rasterio.MemoryFile(bytes(content)) as memory, memory.open(driver="GTiff") as dataset:

@@ -151,7 +151,6 @@ def _make_all(
     maker = ShardMaker(
         reader=source.reader,
         workplace=workplace,
-        files=len(source.parts) + 1,
         bands=len(source.bands),
         classes=len(source.classes),
         strict=options.strict,

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from agrivision import __version__
 from agrivision.data.schema import ShardInfo
-from agrivision.data.shards import Record, Shard, write_shard
+from agrivision.data.shards import Record, write_shard
 from agrivision.data.sources.source import Flaw, Problem, Reference, TileReader
 from agrivision.data.statistics import Sums, add_up
 from agrivision.data.workplace import Workplace
-from agrivision.errors import DatasetError, SourceError
+from agrivision.errors import SourceError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,6 @@ class ShardMaker:
     Attributes:
         reader: reads the source's tiles.
         workplace: where the data set grows.
-        files: number of files of a record, labels included.
         bands: number of bands.
         classes: number of classes.
         strict: let the first damaged tile end the work.
@@ -38,7 +39,6 @@ class ShardMaker:
 
     reader: TileReader
     workplace: Workplace
-    files: int
     bands: int
     classes: int
     strict: bool
@@ -107,7 +107,8 @@ def make_shard(maker: ShardMaker, job: Job) -> Made:
     made = _made_before(maker, job, digest)
     if made is None or (maker.strict and made.problems):
         made = _make(maker, job)
-        maker.workplace.write_note(job.split, job.name, {"digest": digest, **made.to_dict()})
+        note = {"digest": digest, "files": _file_digests(maker, job, made), **made.to_dict()}
+        maker.workplace.write_note(job.split, job.name, note)
     return made
 
 
@@ -145,13 +146,21 @@ def _made_before(maker: ShardMaker, job: Job, digest: str) -> Made | None:
         return None
     try:
         made = Made.from_dict(note)
-        if made.info is not None:
-            shard = Shard(maker.workplace.split(job.split), made.info, maker.files)
-            for row in range(made.info.tiles):
-                shard.read(row)
-    except (KeyError, TypeError, ValueError, DatasetError):
+        whole = note["files"] == _file_digests(maker, job, made)
+    except (KeyError, TypeError, ValueError, OSError):
         return None
-    return made
+    return made if whole else None
+
+
+def _file_digests(maker: ShardMaker, job: Job, made: Made) -> list[str]:
+    """Of the shard's files as they are on the disk."""
+    if made.info is None:
+        return []
+    digests = []
+    for path in maker.workplace.shard(job.split, job.name):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, xxhash.xxh3_128).hexdigest())
+    return digests
 
 
 def _digest(maker: ShardMaker, job: Job) -> str:

@@ -123,7 +123,7 @@ class Workplace:
         wanted = {self.folder / _OWN / "lock"}
         for split, names in shards.items():
             for name in names:
-                wanted |= {self._note(split, name), *self._shard(split, name)}
+                wanted |= {self._note(split, name), *self.shard(split, name)}
         try:
             for path in sorted(self.folder.rglob("*"), reverse=True):
                 if not path.is_dir() and path not in wanted:
@@ -137,9 +137,10 @@ class Workplace:
         except OSError as error:
             raise storage_error(self.folder, error) from error
 
-    def _shard(self, split: str, name: str) -> set[Path]:
+    def shard(self, split: str, name: str) -> tuple[Path, Path]:
+        """The files of a shard."""
         folder = self.split(split)
-        return {folder / f"{name}.tar", folder / f"{name}.index.npy"}
+        return folder / f"{name}.tar", folder / f"{name}.index.npy"
 
     def finish(self, schema: Schema) -> None:
         """Describe the data set, remove the notes and give the folder its name.
@@ -152,7 +153,7 @@ class Workplace:
         own = self.folder / _OWN
         files = {self.folder / FILE_NAME}
         for split, info in schema.splits.items():
-            files.update(*(self._shard(split, shard.name) for shard in info.shards))
+            files.update(*(self.shard(split, shard.name) for shard in info.shards))
         try:
             for path in self.folder.rglob("*"):  # shards of tiles that all turned out to be empty
                 if path.is_file() and path not in files and not path.is_relative_to(own):

@@ -439,8 +439,11 @@ class _Run:
         return True
 
     def _evaluate(self) -> Evaluation | None:
+        model = self._trainer.evaluated
+        # BatchNorm's running statistics have seen each rank's own samples; those of rank 0 count.
+        self._ranks.take_from_main(model.buffers())
         return evaluate(
-            self._trainer.evaluated,
+            model,
             self._data.val,
             Normaliser.of(self._data.schema),
             self._ranks,

@@ -319,10 +319,10 @@ def _wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     if ranks.world.size == 1:
         return model
     with peers_may_fail():
+        # At every forward pass BatchNorm's running statistics become rank 0's, which are the ones that
+        # are saved: a run that goes on then holds what the one that was never interrupted held.
         return DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            # BatchNorm's running statistics are rank 0's: the ones that are saved and evaluated.
-            broadcast_buffers=True,
         )

@@ -188,9 +188,15 @@ def _check_grids(pair: Pair, scene: Any, label: Any) -> None:
         raise Flaw(pair.label, "coordinates", "in another coordinate system than its scene: left out")
     width, height = scene.width, scene.height
     for corner in ((0, 0), (width, 0), (0, height)):
-        x, y = ~scene.transform * (label.transform * corner)
+        x, y = _apply(~scene.transform, *_apply(label.transform, *corner))
         if max(abs(x - corner[0]), abs(y - corner[1])) > _SHIFT:
             raise Flaw(pair.label, "coordinates", "not on the grid of its scene: left out")
+
+
+def _apply(transform: Any, x: float, y: float) -> tuple[float, float]:
+    """An affine map of a point; affine writes it `*` or `@`, depending on its version."""
+    a, b, c, d, e, f = tuple(transform)[:6]
+    return a * x + b * y + c, d * x + e * y + f
 
 
 def _alpha(scene: Any) -> int | None:

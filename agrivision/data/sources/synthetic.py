@@ -69,6 +69,7 @@ _HABITS = {
     "drydown": _Habit(pixels=0.12, fields=0.5),
 }
 _CLASSES = tuple(sorted(_HABITS))
+_MAY_OVERLAP = {("endrow", "double_plant")}  # the earlier, the later
 _DOUBLE_PLANTED_ENDROWS = 0.2  # share of the fields where the two labels overlap
 
 
@@ -514,9 +515,6 @@ def _place_all(
         else:
             patches[name] = _Patch(label=np.zeros_like(free), strength=np.zeros_like(ground.depth))
     return patches
-
-
-_MAY_OVERLAP = {("endrow", "double_plant")}
 
 
 def _core(room: NDArray[np.int64], ground: _Ground, endrow: Mask | None) -> NDArray[np.int64]:

@@ -1,0 +1,205 @@
+"""Whatever holds imagery → maps: finds out what each input is, checks all of them, then predicts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agrivision.data.schema import FILE_NAME
+from agrivision.data.sources.layouts import LAYOUTS
+from agrivision.data.sources.pairs import DRIVERS
+from agrivision.errors import BadInput, SourceError
+from agrivision.inference.scenes import check_outputs, count_windows, predict_scene
+from agrivision.inference.tiles import (
+    PRESENCE,
+    SUBMISSION,
+    Tiles,
+    check_keys,
+    open_dataset,
+    open_folder,
+    predict_tiles,
+)
+from agrivision.inference.trained import Description, TrainedModel
+from agrivision.inference.windows import Tiling, look
+from agrivision.model.precision import Precision
+from agrivision.monitor.progress import Progress, progress
+from agrivision.storage import storage_error
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """How to predict.
+
+    Attributes:
+        split: of a data set or an Agriculture-Vision folder; None for all.
+        batch_size: tiles, or windows of a scene, in one forward pass.
+        threads: that read and write beside the network.
+        precision: of the forward pass.
+        tile: side in pixels of the windows of a scene; None takes that of the training tiles.
+        margin: pixels that the network sees around each window; None takes an eighth of the tile.
+    """
+
+    split: str | None = None
+    batch_size: int = 8
+    threads: int = 2
+    precision: Precision = "fp32"
+    tile: int | None = None
+    margin: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "threads": 0, "tile": 1, "margin": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise BadInput(f"{name} is {value}: it must be at least {bound}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSummary:
+    """What `predict` wrote.
+
+    Attributes:
+        out: the folder.
+        tiles: number of class-id PNGs.
+        maps: GeoTIFFs of the scenes.
+    """
+
+    out: Path
+    tiles: int
+    maps: tuple[Path, ...]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [str(path) for path in self.maps[:_SHOWN]]
+        if len(self.maps) > _SHOWN:
+            lines.append(f"and {len(self.maps) - _SHOWN} more maps in {self.out}")
+        if self.tiles:
+            lines.append(f"{self.tiles} tiles in {self.out / SUBMISSION}, with {self.out / PRESENCE}")
+        return lines
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the inputs are."""
+
+    tiles: list[Tiles]
+    scenes: list[Path]
+
+
+def predict(
+    trained: TrainedModel,
+    inputs: Sequence[Path],
+    out: Path,
+    options: PredictOptions,
+    bar: Progress | None = None,
+) -> PredictSummary:
+    """Predict tiles and scenes; everything that can be checked beforehand is.
+
+    Args:
+        trained: the network.
+        inputs: prepared data sets, Agriculture-Vision folders, raster files, and folders that hold
+            rasters or have them in `scenes/`, in any mixture.
+        out: folder, made where missing. Tiles become `labels/KEY.png`, `submission.zip` and
+            `presence.csv`, scenes `STEM.tif` and `STEM.png`. Files of these names are replaced, each
+            at once when its successor is whole; any others are left alone.
+        options: how.
+        bar: entered already; it is told how much there is to do, in tiles and windows.
+
+    Raises:
+        SourceError: an input is of no known kind, does not fit the network or cannot be read.
+        DatasetError: a prepared data set lacks the split, or is damaged.
+        StorageError, NotWritable: the disk refused.
+    """
+    found = _find(inputs, out, options, trained.description)
+    check_keys(found.tiles)
+    check_outputs(found.scenes, out)
+    scenes = [look(path, trained.description) for path in found.scenes]
+    tiling = Tiling.of(trained.description, options.tile, options.margin)
+    tiles = sum(len(each.keys) for each in found.tiles)
+    bar = bar or progress("predicting", unit="tile", show=False)
+    bar.total(tiles + sum(count_windows(scene, tiling) for scene in scenes))
+    how = {"batch_size": options.batch_size, "threads": options.threads}
+    _make_folder(out)
+    if tiles:
+        predict_tiles(trained, found.tiles, out, **how, precision=options.precision, report=bar.advance)
+    maps = [
+        predict_scene(
+            trained, scene, out, tiling, **how, precision=options.precision, report=bar.advance
+        )
+        for scene in scenes
+    ]
+    return PredictSummary(out=out, tiles=tiles, maps=tuple(maps))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+def _find(
+    inputs: Sequence[Path], out: Path, options: PredictOptions, description: Description
+) -> _Found:
+    found = _Found([], [])
+    for path in inputs:
+        if path.resolve() == out.resolve():
+            raise SourceError(f"{out} is an input: choose another folder with --out")
+        tiles = _find_tiles(path, options.split, description)
+        found.tiles.extend(tiles)
+        if not tiles:
+            found.scenes.extend(find_scenes(path))
+    if options.split is not None and found.scenes:
+        logger.warning("scenes have no splits: %r does not choose among them", options.split)
+    return found
+
+
+def _find_tiles(path: Path, split: str | None, description: Description) -> Sequence[Tiles]:
+    """The tiles of a data set or of an Agriculture-Vision folder; none where it is neither."""
+    if (path / FILE_NAME).is_file():
+        return open_dataset(path, split, description)
+    folder = open_folder(path, split, description)
+    return [] if folder is None else [folder]
+
+
+def find_scenes(path: Path) -> list[Path]:
+    """The raster that a path is, or those in the folder that it is or in its `scenes/`, in order.
+
+    Raises:
+        SourceError: there is none; the line says what was looked for.
+    """
+    if not path.exists():
+        raise SourceError(f"no such file or folder: {path}")
+    if path.is_file():
+        if path.suffix.lower() not in DRIVERS:
+            raise SourceError(f"{path} is no raster of a known format ({_formats()})")
+        return [path]
+    folder = path / "scenes" if (path / "scenes").is_dir() else path
+    scenes = list(_rasters(folder))
+    if not scenes:
+        images = " or ".join(layout.rgb for layout in LAYOUTS)
+        raise SourceError(
+            f"nothing to predict in {path}: no {FILE_NAME}, no {images} (also under train, val or"
+            f" test), and no rasters ({_formats()}) in {folder}"
+        )
+    return scenes
+
+
+def _rasters(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix.lower() in DRIVERS:
+            yield path
+        elif path.suffix.lower() == ".vrt":
+            logger.warning("%s is left out: a VRT may point to other files; give those", path)
+
+
+def _formats() -> str:
+    return ", ".join(suffix.lstrip(".") for suffix in DRIVERS)

@@ -1,0 +1,48 @@
+"""A small picture of a scene beside its map, to see at a glance whether the map makes sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agrivision.data.parts import geodata
+from agrivision.data.sources.rasters import attempt
+from agrivision.inference.trained import Description
+from agrivision.inference.windows import Scene
+from agrivision.monitor.pictures import INVALID, _enlarge, _sheet, composite, paint, save_png
+
+SIDE = 1024  # pixels: the longest side of a pane
+
+
+def write_quicklook(
+    path: Path, dataset: Any, scene: Scene, finished: Any, description: Description
+) -> None:
+    """Write a PNG with the scene in natural colours, in false colours, and its map, side by side.
+
+    Args:
+        path: of the PNG.
+        dataset: the scene, open.
+        scene: what is known of it.
+        finished: its map, open: class ids, nodata where the scene has no data.
+        description: of the run.
+
+    Raises:
+        Flaw: the scene cannot be read.
+        StorageError, NotWritable: the disk refused.
+    """
+    factor = min(1.0, SIDE / max(scene.height, scene.width))
+    shape = (max(1, round(scene.height * factor)), max(1, round(scene.width * factor)))
+    average = geodata().enums.Resampling.average
+    image = attempt(
+        scene.path, lambda: dataset.read(list(scene.bands), out_shape=shape, resampling=average)
+    )
+    ids = finished.read(1, out_shape=shape)  # the nearest pixel: ids have no average
+    valid = np.not_equal(ids, int(finished.nodata))
+    panes = [composite(image, description.bands, kind) for kind in ("rgb", "nir")]
+    for pane in panes:
+        pane[~valid] = INVALID
+    panes.append(paint(np.where(valid, ids, 0), len(description.classes), valid))
+    captions = ["RGB", "NIR-R-G", "map"]
+    save_png(path, _sheet([_enlarge(pane) for pane in panes], captions, description.classes))

@@ -1,0 +1,94 @@
+"""The order of samples: permutations, free of rank and world size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agrivision.data.order import Order, Stream, generator, permuted, share
+
+
+@given(size=st.integers(1, 700), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
+def test_an_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
+    order = permuted(np.arange(size), size, seed, epoch)
+    assert sorted(order.tolist()) == list(range(size))
+
+
+@given(size=st.integers(2, 10**12), position=st.integers(0, 10**12), seed=st.integers(0, 2**63 - 1))
+def test_one_position_alone_is_where_it_is_among_others(size: int, position: int, seed: int) -> None:
+    position %= size
+    some = np.array([position, (position + 1) % size, 0])
+    together = permuted(some, size, seed, 3)
+    assert permuted(some[:1], size, seed, 3)[0] == together[0]
+    assert 0 <= together.min() and together.max() < size
+
+
+def test_epochs_and_seeds_differ() -> None:
+    positions = np.arange(1000)
+    orders = [permuted(positions, 1000, seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    for first in range(len(orders)):
+        for second in range(first):
+            # Two random permutations agree in one place on average.
+            assert (orders[first] == orders[second]).sum() < 12
+
+
+def test_every_tile_is_equally_likely_at_every_position() -> None:
+    counts = np.zeros((8, 8))
+    for epoch in range(4000):
+        counts[np.arange(8), permuted(np.arange(8), 8, 5, epoch)] += 1
+    expected = 4000 / 8
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 95  # 49 degrees of freedom: p = 1e-4
+
+
+@given(
+    size=st.integers(1, 300),
+    batch_size=st.integers(1, 64),
+    worlds=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+)
+def test_every_tile_once_an_epoch_on_changing_worlds(
+    size: int, batch_size: int, worlds: list[int]
+) -> None:
+    order = Order(size=size, batch_size=batch_size, seed=1)
+    cursor = 0
+    for epoch in range(2):
+        seen: list[int] = []
+        for step in range(order.steps_per_epoch):
+            batch = order.batch(cursor)
+            world = worlds[step % len(worlds)]
+            parts = [batch.tiles[share(batch_size, rank, world)] for rank in range(world)]
+            assert np.array_equal(np.concatenate(parts), batch.tiles)
+            assert len(batch.tiles) == batch_size and batch.epoch == epoch
+            seen += batch.tiles[: batch.count].tolist()
+            cursor = batch.next_cursor
+        assert sorted(seen) == list(range(size))
+    assert cursor == 2 * size
+
+
+@given(total=st.integers(0, 1000), size=st.integers(1, 50))
+def test_shares_are_even_and_complete(total: int, size: int) -> None:
+    parts = [list(range(total))[share(total, rank, size)] for rank in range(size)]
+    assert sum(parts, []) == list(range(total))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_generators_of_different_events_never_meet() -> None:
+    events = [(seed, stream, a, b) for seed in (0, 1) for stream in Stream for a in (0, 1, 2) for b in (0, 1, 2)]
+    draws = [tuple(generator(*event).integers(2**63, size=4).tolist()) for event in events]
+    assert len(set(draws)) == len(events)
+    # What `seed + epoch` would have confused.
+    assert generator(0, Stream.AUGMENT, 1, 2).random() != generator(0, Stream.AUGMENT, 2, 1).random()
+
+
+def test_a_generator_is_the_same_every_time() -> None:
+    assert generator(7, Stream.ORDER, 3).random() == generator(7, Stream.ORDER, 3).random()
+
+
+@pytest.mark.parametrize("size", [100_000_000, 2**40])
+def test_huge_sets_need_no_array(size: int) -> None:
+    positions = np.arange(size - 1000, size)
+    order = permuted(positions, size, 0, 0)
+    assert len(set(order.tolist())) == 1000
+    assert 0 <= order.min() < order.max() < size

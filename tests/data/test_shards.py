@@ -1,0 +1,221 @@
+"""The shard format: what goes in comes out, other programs read it, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agrivision.data.inspect import inspect_dataset
+from agrivision.data.parts import decode_part, encode_tiff, tiff_coordinates
+from agrivision.data.schema import FILE_NAME, Part, Schema
+from agrivision.data.shards import Record, Shard, SplitReader, write_shard
+from agrivision.data.statistics import BandSums, Sums, add_up
+from agrivision.data.tile import MAX_KEY, Coordinates, is_key, safe_name
+from agrivision.errors import DatasetError
+from tests.data import av, scenes
+
+NAMES = st.text("abcXYZ019_-", min_size=1, max_size=MAX_KEY)
+FILES = st.tuples(st.binary(max_size=2000), st.binary(max_size=600), st.binary(max_size=20))
+EXTENSIONS = ("rgb.jpg", "nir.jpg", "labels.zst")
+
+
+@pytest.fixture
+def dataset(tmp_path, prepared):
+    """Three shards of train with two tiles at most, one of val."""
+    splits = {"train": av.ids("AAA", 5), "val": av.ids("BBB", 2)}
+    av.write_folder(tmp_path / "source", splits)
+    return prepared(tmp_path / "source", shard_tiles=2).out
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.dictionaries(NAMES, FILES, min_size=1, max_size=8), st.text("xyz", max_size=5))
+def test_what_is_written_is_read(tiles, field):
+    records = [
+        Record(key=key, field=field, files=dict(zip(EXTENSIONS, files, strict=True)), pixels=[len(key)])
+        for key, files in tiles.items()
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        info = write_shard(Path(name), "00000", records)
+        again = write_shard(Path(name), "00001", records)
+        assert (info.bytes, info.index) == (again.bytes, again.index)
+        shard = Shard(Path(name), info, 3)
+        for row, (key, files) in enumerate(tiles.items()):
+            assert shard.key(row) == key
+            assert tuple(map(bytes, shard.read(row))) == files
+            assert shard.index["pixels"][row] == [len(key)]
+            assert shard.index["field"][row] == field.encode()
+
+
+def test_tar_and_webdataset_read_it(dataset, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    path = dataset / "train/00000.tar"
+    listed = subprocess.run(["tar", "tf", path], capture_output=True, text=True, check=True)
+    keys = av.ids("AAA", 5)
+    keys = sorted(keys)[:2]
+    assert listed.stdout.split() == [f"{key}.{extension}" for key in keys for extension in EXTENSIONS]
+    assert listed.stderr == ""
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == keys
+    for sample in samples:
+        key = sample["__key__"]
+        for extension in ("rgb", "nir"):
+            source = tmp_path / "source/train/images" / extension / f"{key}.jpg"
+            assert sample[f"{extension}.jpg"] == source.read_bytes()
+
+
+def flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_a_flipped_bit_names_the_tile(dataset):
+    schema = Schema.read(dataset)
+    info = schema.splits["train"].shards[1]
+    shard = Shard(dataset / "train", info, 3)
+    flip(shard.path, int(shard.index["offsets"][1][2]) + 5)
+    reader = SplitReader(dataset, schema, "train")
+    key = reader.key(3)
+    with pytest.raises(DatasetError, match=rf"tile {key} in .*train/00001.tar is damaged"):
+        reader.read(3)
+    assert reader.read(2)
+    inspection = inspect_dataset(dataset, verify=True)
+    assert (inspection.damaged_tiles, inspection.damage_count, inspection.whole) == (1, 1, False)
+    assert key in inspection.damage[0].what
+    assert inspection.damage[0].path == str(shard.path)
+
+
+def test_a_truncated_shard(dataset):
+    path = dataset / "train/00001.tar"
+    path.write_bytes(path.read_bytes()[:-1024])
+    reader = SplitReader(dataset, Schema.read(dataset), "train")
+    with pytest.raises(DatasetError, match=r"00001.tar has \d+ bytes instead of \d+"):
+        reader.read(2)
+    assert reader.read(4)
+
+
+def test_dataset_json_that_was_edited(dataset):
+    path = dataset / FILE_NAME
+    content = json.loads(path.read_text())
+    content["splits"]["train"]["tiles"] = 4
+    path.write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match="its fingerprint differs"):
+        inspect_dataset(dataset)
+    path.write_text("{")
+    with pytest.raises(DatasetError, match="cannot read"):
+        Schema.read(dataset)
+
+
+def test_everything_damaged_is_named(dataset):
+    whole = inspect_dataset(dataset, verify=True)
+    assert whole.whole
+    assert (whole.damaged_tiles, whole.left_over) == (0, ())
+    assert whole.bytes == sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
+    json.dumps(whole.to_dict())
+    (dataset / "train/00000.tar").unlink()
+    flip(dataset / "train/00001.index.npy", -1)
+    flip(dataset / "train/00002.tar", 3)  # in a header: our own reader does not need it
+    flip(dataset / "val/00000.tar", 600)
+    (dataset / "val/notes.txt").write_text("x")
+    found = inspect_dataset(dataset, verify=True)
+    assert [(Path(problem.path).name, problem.kind) for problem in found.damage] == [
+        ("00000.tar", "shard"),
+        ("00001.index.npy", "shard"),
+        ("00002.tar", "header"),
+        ("00000.tar", "tile"),
+    ]
+    assert (found.damaged_tiles, found.damage_count) == (5, 4)
+    assert found.left_over == ("val/notes.txt",)
+    assert all("\n" not in str(problem) for problem in found.damage)
+    quick = inspect_dataset(dataset)
+    assert (quick.damage_count, quick.damaged_tiles, quick.verified) == (2, 4, False)
+    assert found.to_dict()["damage"][0]["kind"] == "shard"
+
+
+RGB = Part(extension="rgb.jpg", bands=3)
+TIFF = Part(extension="image.tif", bands=4)
+
+
+def test_images_are_decoded_in_place():
+    content = memoryview(av.jpeg("a", 3))
+    out = np.zeros((64, 64, 3), np.uint8)
+    assert decode_part(content, RGB, "uint8", 64, out) is out
+    np.testing.assert_array_equal(out, simplejpeg.decode_jpeg(content))
+    image = scenes.noise(0, (4, 64, 64), "uint16")
+    out = np.zeros((64, 64, 4), np.uint16)
+    assert decode_part(encode_tiff(image, None, None), TIFF, "uint16", 64, out) is out
+    np.testing.assert_array_equal(out.transpose(2, 0, 1), image)
+    with pytest.raises(ValueError, match="cannot decode"):
+        decode_part(content, RGB, "uint8", 64, out)
+
+
+@pytest.mark.parametrize(
+    "content", [av.jpeg("a", 3), encode_tiff(scenes.noise(0, (4, 64, 64)), None, None)]
+)
+def test_damaged_images_are_one_line(content, capfd):
+    part = RGB if content[:2] == b"\xff\xd8" else TIFF
+    for damaged in (
+        b"",
+        b"x" * 100,
+        content[:20],
+        content[: len(content) // 2],
+        content[: len(content) * 9 // 10],
+    ):
+        with pytest.raises(DatasetError, match=rf"^{part.extension}: not a whole") as error:
+            decode_part(damaged, part, "uint8", 64)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DatasetError, match=r"64 x 64 pixels with .* where 32 x 32"):
+        decode_part(content, part, "uint8", 32)
+    with pytest.raises(DatasetError, match="belong"):
+        decode_part(content, Part(extension=part.extension, bands=1), "uint8", 64)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tiff_that_claims_to_be_huge_is_refused():
+    wide = encode_tiff(np.zeros((4, 1, 60_000), np.uint8), None, None)
+    with pytest.raises(DatasetError, match="60000 x 1 pixels"):
+        decode_part(wide, TIFF, "uint8", 64)
+    with pytest.raises(DatasetError, match="image files of type 'gif'"):
+        decode_part(b"", Part(extension="gif", bands=1), "uint8", 64)
+
+
+def test_a_tiff_says_where_it_lies():
+    image = scenes.noise(0, (2, 8, 8), "float32")
+    assert tiff_coordinates(encode_tiff(image, None, None)) is None
+    where = Coordinates(crs="", transform=(2.0, 0.0, 10.0, 0.0, -2.0, 20.0))
+    assert tiff_coordinates(encode_tiff(image, where, None)) == where
+    assert encode_tiff(image, where, 1.0) == encode_tiff(image, where, 1.0)
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "a b", "a/b", "ä", "a" * (MAX_KEY + 1)])
+def test_keys(key):
+    assert not is_key(key)
+    assert is_key(safe_name(key) + "_123456-123456-123456-123456")
+    assert safe_name("a" * 80 + "1") != safe_name("a" * 80 + "2")
+
+
+@settings(deadline=None)
+@given(st.permutations(range(6)), st.integers(0, 6), st.sampled_from(["float32", "int16"]))
+def test_sums_do_not_depend_on_the_order(order, cut, dtype):
+    tiles = [
+        Sums.of(
+            scenes.noise(seed, (2, 8, 8), dtype),
+            scenes.noise(seed, (8, 8), "uint16"),
+            classes=3,
+        )
+        for seed in range(6)
+    ]
+    whole = add_up(tiles, bands=2, classes=3)
+    shuffled = [tiles[i] for i in order]
+    parts = [add_up(shuffled[:cut], bands=2, classes=3), add_up(shuffled[cut:], bands=2, classes=3)]
+    parts = [Sums.from_dict(json.loads(json.dumps(part.to_dict()))) for part in parts]
+    assert add_up(parts, bands=2, classes=3) == whole
+    assert Sums.none(1, 0).bands == (BandSums(),)
