@@ -121,6 +121,7 @@ def _prepare(argv: list[str]) -> ExitCode:
     args = parser.parse_args(argv)
     from agrivision.console import ProgressReport, say
     from agrivision.data.prepare import PrepareOptions, prepare
+    from agrivision.data.sources.survey import parse_classes
     from agrivision.monitor.log import configure_log
     from agrivision.monitor.progress import progress
 
@@ -130,7 +131,7 @@ def _prepare(argv: list[str]) -> ExitCode:
         val_fraction=args.val_fraction,
         tile=args.tile,
         stride=args.stride,
-        classes=args.classes or None,
+        classes=parse_classes(args.classes) if args.classes else None,
         bands=_names(args.bands) or None,
         ignore=args.ignore,
         edition=args.edition,

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["agrivision.cli", "agrivision.training.run", "agrivision.inference.scoring"])
+# torch._dynamo and torch._inductor: the first optimiser imports them, which takes seconds.
+_CONTEXT.set_forkserver_preload(
+    [
+        "agrivision.cli",
+        "agrivision.training.run",
+        "agrivision.inference.scoring",
+        "torch._dynamo",
+        "torch._inductor.standalone_compile",
+    ]
+)
 
 Moment = Literal["forward", "backward done", "step done", "saving", "renaming", "evaluating"]
 

@@ -48,9 +48,32 @@ class Inspection:
     left_over: tuple[str, ...]
 
     @property
+    def damaged(self) -> bool:
+        """Whether something is missing or damaged, as far as was looked."""
+        return self.damage_count > 0
+
+    @property
     def whole(self) -> bool:
-        """Whether nothing is missing or damaged, as far as was looked."""
-        return self.damage_count == 0
+        """The opposite of damaged."""
+        return not self.damaged
+
+    def lines(self) -> list[str]:
+        """For people: the bands, a table of the splits, and everything that is wrong."""
+        schema = self.schema
+        lines = [
+            f"{self.folder}: {schema.source}, {schema.tile} x {schema.tile} pixels, {schema.dtype},"
+            f" {self.bytes / 1e6:,.1f} MB",
+            f"fingerprint {schema.fingerprint}",
+            *_aligned(_bands(schema)),
+            *_aligned(table(self)),
+            *map(str, self.damage),
+        ]
+        lines += [f"{name}: does not belong to the data set" for name in self.left_over]
+        if self.damaged:
+            lines.append(f"{self.damage_count:,} damages, {self.damaged_tiles:,} tiles cannot be used")
+        elif self.verified:
+            lines.append("every record is whole")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -215,3 +238,20 @@ def table(inspection: Inspection) -> list[Sequence[str]]:
             shares = ["-"] * len(shares)
         rows.append((name, f"{split.tiles:,}", f"{len(split.shards):,}", f"{split.pixels:,}", *shares))
     return rows
+
+
+def _bands(schema: Schema) -> list[Sequence[str]]:
+    statistics = schema.statistics
+    columns = statistics.mean, statistics.std, statistics.minimum, statistics.maximum
+    rows = zip(schema.bands, *columns, strict=True)
+    numbers = [(name, *(f"{value:.6g}" for value in values)) for name, *values in rows]
+    return [("band", "mean", "std", "minimum", "maximum"), *numbers]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width, names on the left and numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]

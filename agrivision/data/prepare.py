@@ -101,6 +101,17 @@ class PrepareSummary:
         """Tiles in all splits."""
         return sum(split.tiles for split in self.schema.splits.values())
 
+    def lines(self) -> list[str]:
+        """For people: what there is now, and what was left out or ignored on the way."""
+        splits = ", ".join(f"{name} {split.tiles:,}" for name, split in self.schema.splits.items())
+        lines = [f"{self.tiles:,} tiles in {self.out} ({splits})"]
+        if self.blank:
+            lines.append(f"{self.blank:,} tiles without a valid pixel were left out")
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.problem_kinds.items()))
+        if kinds:
+            lines.append(f"{sum(self.problem_kinds.values()):,} problems in the source: {kinds}")
+        return lines
+
 
 def prepare(
     source_path: Path, out: Path, options: PrepareOptions, report: Report | None = None
@@ -173,14 +184,10 @@ def open_source(path: Path, options: PrepareOptions) -> Source:
     """
     if not path.exists():
         raise SourceError(f"no such file or folder: {path}")
-    source = open_rasters(
-        path,
-        tile=options.tile,
-        stride=options.stride or options.tile,
-        classes=options.classes,
-        bands=options.bands,
-        ignore=options.ignore,
-    ) or open_agriculture_vision(path, edition=options.edition, assume_valid=options.assume_valid)
+    try:
+        source = _look(path, options)
+    except OSError as error:
+        raise SourceError(f"cannot read {error.filename or path}: {error.strerror}") from None
     if source is None:
         images = " or ".join(layout.rgb for layout in LAYOUTS)
         raise SourceError(
@@ -188,6 +195,17 @@ def open_source(path: Path, options: PrepareOptions) -> Source:
             " labels, nor a .csv table with the columns scene and label"
         )
     return source
+
+
+def _look(path: Path, options: PrepareOptions) -> Source | None:
+    return open_rasters(
+        path,
+        tile=options.tile,
+        stride=options.stride or options.tile,
+        classes=options.classes,
+        bands=options.bands,
+        ignore=options.ignore,
+    ) or open_agriculture_vision(path, edition=options.edition, assume_valid=options.assume_valid)
 
 
 def plan(source: Source, options: PrepareOptions) -> list[Job]:

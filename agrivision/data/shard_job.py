@@ -130,7 +130,7 @@ def _make(maker: ShardMaker, job: Job) -> Made:
                 blank += 1
                 continue
             records.append(tile.record(maker.classes))
-            sums.append(Sums.of(tile.image, tile.labels, maker.classes))
+            sums.append(Sums.of(tile.image, tile.labels, records[-1].pixels))
     folder = maker.workplace.split(job.split)
     return Made(
         info=write_shard(folder, job.name, records) if records else None,

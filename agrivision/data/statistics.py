@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agrivision.data.labels import Labels, class_pixels, valid_mask
+from agrivision.data.labels import Labels, valid_mask
 from agrivision.data.schema import BandStatistics
 from agrivision.data.tile import Image
 
@@ -73,25 +73,24 @@ class Sums:
         return cls(tiles=0, pixels=0, bands=empty, class_pixels=zeros, class_tiles=zeros)
 
     @classmethod
-    def of(cls, image: Image, labels: Labels, classes: int) -> Sums:
+    def of(cls, image: Image, labels: Labels, class_pixels: Sequence[int]) -> Sums:
         """The sums over one tile.
 
         Args:
             image: shape (bands, height, width), any integer type up to 32 bits, or floating point
                 that is finite where the labels are valid.
             labels: label sets as bits, shape (height, width).
-            classes: number of classes.
+            class_pixels: valid pixels by class id, which the record has counted.
         """
         valid = valid_mask(labels)
         pixels = int(np.count_nonzero(valid))
         everywhere = pixels == valid.size
-        counts = tuple(int(count) for count in class_pixels(labels, classes))
         return cls(
             tiles=1,
             pixels=pixels,
             bands=tuple(_band(band.reshape(-1) if everywhere else band[valid]) for band in image),
-            class_pixels=counts,
-            class_tiles=tuple(int(count > 0) for count in counts),
+            class_pixels=tuple(class_pixels),
+            class_tiles=tuple(int(count > 0) for count in class_pixels),
         )
 
     def __add__(self, other: Sums) -> Sums:

@@ -12,20 +12,12 @@ from agrivision.data.sources.layouts import LAYOUTS
 from agrivision.data.sources.pairs import DRIVERS
 from agrivision.errors import BadInput, SourceError
 from agrivision.inference.scenes import check_outputs, count_windows, predict_scene
-from agrivision.inference.tiles import (
-    PRESENCE,
-    SUBMISSION,
-    Tiles,
-    check_keys,
-    open_dataset,
-    open_folder,
-    predict_tiles,
-)
+from agrivision.inference.tiles import PRESENCE, SUBMISSION, make_folder, predict_tiles
+from agrivision.inference.tilesets import Tiles, check_keys, open_dataset, open_folder
 from agrivision.inference.trained import Description, TrainedModel
 from agrivision.inference.windows import Tiling, look
 from agrivision.model.precision import Precision
 from agrivision.monitor.progress import Progress, progress
-from agrivision.storage import storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +117,7 @@ def predict(
     bar = bar or progress("predicting", unit="tile", show=False)
     bar.total(tiles + sum(count_windows(scene, tiling) for scene in scenes))
     how = {"batch_size": options.batch_size, "threads": options.threads}
-    _make_folder(out)
+    make_folder(out)
     if tiles:
         predict_tiles(trained, found.tiles, out, **how, precision=options.precision, report=bar.advance)
     maps = [
@@ -135,13 +127,6 @@ def predict(
         for scene in scenes
     ]
     return PredictSummary(out=out, tiles=tiles, maps=tuple(maps))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(folder, error) from error
 
 
 def _find(

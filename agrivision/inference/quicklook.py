@@ -40,6 +40,8 @@ def write_quicklook(
     )
     ids = finished.read(1, out_shape=shape)  # the nearest pixel: ids have no average
     valid = np.not_equal(ids, int(finished.nodata))
+    if image.dtype != np.uint8:  # it will be stretched between percentiles: of pixels with data
+        image = np.where(valid, image.astype(np.float32), np.nan)
     panes = [composite(image, description.bands, kind) for kind in ("rgb", "nir")]
     for pane in panes:
         pane[~valid] = INVALID

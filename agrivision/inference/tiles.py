@@ -5,246 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from agrivision.data.labels import VALID_BIT
-from agrivision.data.loader import evaluation_batches
-from agrivision.data.schema import Schema
-from agrivision.data.shards import SplitReader
-from agrivision.data.sources.agriculture_vision import BANDS, iterate_images
-from agrivision.data.sources.layouts import STRAY, SplitFolder, find_layouts, pair, require
-from agrivision.data.tile import is_key
-from agrivision.errors import SourceError
+from agrivision.errors import NotWritable
 from agrivision.evaluation.presence import tile_scores
-from agrivision.inference.ahead import one_ahead
-from agrivision.inference.trained import Description, TrainedModel
+from agrivision.inference.tilesets import TileBatch, Tiles
+from agrivision.inference.trained import TrainedModel
 from agrivision.model.precision import Precision
 from agrivision.storage import replacing, storage_error, write_atomically
-from agrivision.world import World
 
 LABELS, SUBMISSION, PRESENCE = "labels", "submission.zip", "presence.csv"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can hold
-_WAITING_BATCHES = 4  # of tiles of other sizes that are kept until their batch is full
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileBatch:
-    """Some tiles of the same size.
-
-    Attributes:
-        keys: their names.
-        images: (tiles, bands, height, width), pixels as in the data set, on any device.
-        valid: bool (tiles, height, width), on the same device.
-    """
-
-    keys: Sequence[str]
-    images: torch.Tensor
-    valid: torch.Tensor
-
-
-class Tiles(Protocol):
-    """Tiles that can be predicted, with or without labels."""
-
-    @property
-    def place(self) -> str:
-        """Where they are, for messages."""
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Names of all tiles."""
-
-    def batches(
-        self, batch_size: int, threads: int, device: torch.device
-    ) -> Generator[TileBatch, None, None]:
-        """All tiles, each once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedTiles:
-    """The tiles of a split of a prepared data set.
-
-    Attributes:
-        reader: of the split.
-        place: of the split.
-        keys: in the order of the split.
-    """
-
-    reader: SplitReader
-    place: str
-    keys: tuple[str, ...]
-
-    def batches(
-        self, batch_size: int, threads: int, device: torch.device
-    ) -> Generator[TileBatch, None, None]:
-        """See Tiles; in the batches of an evaluation, so that the predictions are the same bits."""
-        pinned = device.type == "cuda"
-        loaded = evaluation_batches(
-            self.reader, World(), batch_size=batch_size, threads=threads, pinned=pinned
-        )
-        with closing(loaded):
-            for batch in loaded:
-                pixels = batch.pixels.to(device)
-                yield TileBatch(
-                    keys=[self.keys[tile] for tile in batch.tiles],
-                    images=pixels.images(),
-                    valid=((pixels.label_bits() >> VALID_BIT) & 1).bool(),
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderTiles:
-    """The tiles of an Agriculture-Vision folder as it is downloaded.
-
-    Attributes:
-        root: of the folder.
-        splits: those to take; None for all.
-        keys: in no particular order.
-    """
-
-    root: Path
-    splits: tuple[str, ...] | None
-    keys: tuple[str, ...]
-
-    @property
-    def place(self) -> str:
-        """See Tiles."""
-        return str(self.root)
-
-    def batches(
-        self, batch_size: int, threads: int, device: torch.device
-    ) -> Generator[TileBatch, None, None]:
-        """See Tiles; with any threads, one of them decodes the next batch."""
-        batches = batched(iterate_images(self.root, self.splits), batch_size)
-        with closing(one_ahead(batches) if threads else batches) as loaded:
-            for batch in loaded:
-                yield TileBatch(
-                    keys=batch.keys, images=batch.images.to(device), valid=batch.valid.to(device)
-                )
-
-
-def open_dataset(folder: Path, split: str | None, description: Description) -> list[PreparedTiles]:
-    """The tiles of a prepared data set.
-
-    Args:
-        folder: with dataset.json.
-        split: the one to take; None for all that have tiles.
-        description: of the run that is to predict them.
-
-    Raises:
-        DatasetError: there is no such split, or it cannot be read.
-        SourceError: the run was trained on other bands.
-    """
-    schema = Schema.read(folder)
-    _check_pixels(str(folder), schema.bands, schema.dtype, description)
-    names = [split] if split else [name for name, each in schema.splits.items() if each.tiles]
-    readers = [SplitReader(folder, schema, name) for name in names]
-    return [
-        PreparedTiles(
-            reader=reader,
-            place=str(folder / reader.name),
-            keys=tuple(shard.key(row) for shard in reader.shards() for row in range(len(shard.index))),
-        )
-        for reader in readers
-    ]
-
-
-def open_folder(root: Path, split: str | None, description: Description) -> FolderTiles | None:
-    """The tiles of an Agriculture-Vision folder in any layout; None if it is none.
-
-    Args:
-        root: the folder.
-        split: the one to take; None for all.
-        description: of the run that is to predict them.
-
-    Raises:
-        SourceError: there is no such split, images are missing, or the run was trained on other bands.
-    """
-    layouts = find_layouts(root)
-    if not layouts:
-        return None
-    _check_pixels(str(root), BANDS, "uint8", description)
-    if split is not None and split not in layouts:
-        there = ", ".join(name for name in layouts if name) or "none, its tiles are undivided"
-        raise SourceError(f"{root} has no split {split!r}; there are: {there}")
-    keys: list[str] = []
-    for name, (folder, layout) in layouts.items():
-        if split in (None, name):
-            keys += _complete_keys(folder / layout.rgb, folder / layout.nir)
-    return FolderTiles(root=root, splits=None if split is None else (split,), keys=tuple(keys))
-
-
-def _complete_keys(rgb: Path, nir: Path) -> list[str]:
-    require((rgb, nir))
-    keys, problems = pair(SplitFolder(rgb=rgb, nir=nir, valid=(), classes=()))
-    serious = [problem for problem in problems if problem.kind != STRAY]
-    if serious:
-        raise SourceError(f"{serious[0]} (there are {len(serious)} such tiles)")
-    return keys
-
-
-def _check_pixels(place: str, bands: Sequence[str], dtype: str, description: Description) -> None:
-    if (tuple(bands), dtype) != (description.bands, description.dtype):
-        raise SourceError(
-            f"{place} has the bands {', '.join(bands)} of {dtype}; the run was trained on"
-            f" {', '.join(description.bands)} of {description.dtype}"
-        )
-
-
-def batched(
-    tiles: Iterable[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]], batch_size: int
-) -> Generator[TileBatch, None, None]:
-    """Put tiles of the same size together, whatever order the sizes come in.
-
-    Args:
-        tiles: key, image (bands, height, width) and where it is valid (height, width).
-        batch_size: tiles in a batch; fewer at the end, or where too many sizes are waiting.
-    """
-    waiting: dict[tuple[int, ...], list[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]] = {}
-    for tile in tiles:
-        group = waiting.setdefault(tile[1].shape, [])
-        group.append(tile)
-        too_many = sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size
-        if len(group) == batch_size or too_many:
-            fullest = max(waiting, key=lambda shape: len(waiting[shape]))
-            yield _join(waiting.pop(fullest))
-    for group in waiting.values():
-        yield _join(group)
-
-
-def _join(tiles: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]) -> TileBatch:
-    keys, images, valid = zip(*tiles, strict=True)
-    return TileBatch(
-        keys=keys, images=torch.from_numpy(np.stack(images)), valid=torch.from_numpy(np.stack(valid))
-    )
-
-
-def check_keys(sets: Iterable[Tiles]) -> None:
-    """Check that every tile can have a file of its own.
-
-    Raises:
-        SourceError: two tiles have the same key, or one cannot be a file's name.
-    """
-    seen: dict[str, str] = {}
-    for tiles in sets:
-        for key in tiles.keys:
-            if not is_key(key):  # a data set from elsewhere could name a path outside of the output
-                raise SourceError(f"a tile in {tiles.place} has the key {key!r}: not a file's name")
-            if key in seen:
-                raise SourceError(
-                    f"the tile {key} is in {seen[key]} and in {tiles.place}: predict one at a time"
-                    " (--split), each into a folder of its own"
-                )
-            seen[key] = tiles.place
 
 
 def predict_tiles(
@@ -275,7 +54,7 @@ def predict_tiles(
         StorageError, NotWritable: the disk refused.
     """
     folder = out / LABELS
-    _make_folder(folder)
+    make_folder(folder)
     rows: dict[str, list[float]] = {}
     with ThreadPoolExecutor(max(threads, 1), "write") as pool:
         writing: list[Future[None]] = []
@@ -295,9 +74,16 @@ def predict_tiles(
     _write_presence(out / PRESENCE, rows, trained.description.classes)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; one that is there already is left as it is.
+
+    Raises:
+        StorageError, NotWritable: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotWritable(f"cannot write into {folder}: it is no folder") from None
     except OSError as error:
         raise storage_error(folder, error) from error
 

@@ -192,4 +192,6 @@ def _read(
     valid = valid & _has_data(pixels, scene.nodata)
     if scene.empty is not None:
         pixels[:, ~valid] = scene.empty
+    elif np.issubdtype(pixels.dtype, np.floating):
+        pixels[:, ~valid] = np.nan  # to the network the mean; -9999 would outshine the neighbours
     return pixels, valid

@@ -60,6 +60,10 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, source):
     assert (report.wanted, report.done) == (16, 16)
     assert report.problems == [(problem.path, problem.what) for problem in summary.problems]
     assert len(report.problems) == 1
+    assert summary.lines() == [
+        f"15 tiles in {tmp_path / 'two'} (train 10, val 4, test 1)",
+        "1 problems in the source: unreadable 1",
+    ]
     run(source, tmp_path / "one")
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "source", "two"]
@@ -118,7 +122,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path, source, number, workers):
     (partial / "stale").mkdir()
     (partial / "stale/00000.tar").write_bytes(b"from another plan")
     finished = [partial / f"train/{note.stem}.tar" for note in partial.glob(".prepare/train/*.json")]
-    kept = {path: path.stat().st_mtime_ns for path in finished}
+    kept = {path: path.stat().st_mtime_ns for path in finished if path.exists()}
     kept.pop(partial / "train/00000.tar")
     damaged = partial / "train/00000.tar"
     damaged.write_bytes(b"\0" + damaged.read_bytes()[1:-1] + b"\1")
@@ -179,6 +183,15 @@ def test_a_place_that_cannot_be_written(tmp_path, source):
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotWritable, match="cannot write"):
         run(source, tmp_path / "file" / "out")
+
+
+def test_a_source_that_cannot_be_read(tmp_path, source, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("agrivision.data.sources.layouts.os.scandir", refuse)
+    with pytest.raises(SourceError, match=r"cannot read .*labels: Permission denied"):
+        run(source, tmp_path / "out")
 
 
 def test_a_full_disk_is_one_line_and_it_goes_on(tmp_path, source):

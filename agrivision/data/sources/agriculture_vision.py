@@ -72,15 +72,15 @@ class AgricultureVisionReader:
         folder, key = self.folders[reference.group], reference.key
         paths = folder.rgb / f"{key}.jpg", folder.nir / f"{key}.jpg"
         contents = [_content(path) for path in paths]
-        bands = [
+        rgb, nir = (
             _decode(path, content, (self.tile, self.tile, part.bands))
             for path, content, part in zip(paths, contents, PARTS, strict=True)
-        ]
+        )
         return Tile(
             key=key,
             field=reference.field,
             files={part.extension: content for part, content in zip(PARTS, contents, strict=True)},
-            image=np.concatenate(bands, axis=2).transpose(2, 0, 1),
+            image=_joined(rgb, nir),
             labels=self._labels(folder, key),
         )
 
@@ -228,7 +228,7 @@ def _iterate(
             valid = _valid(folder, key, (height, width))
         except Flaw as flaw:
             raise SourceError(str(flaw.problem)) from None
-        yield key, np.concatenate([rgb, nir], axis=2).transpose(2, 0, 1), valid
+        yield key, _joined(rgb, nir), valid
 
 
 def _content(path: Path) -> bytes:
@@ -256,6 +256,14 @@ def _decode(path: Path, content: bytes, wanted: tuple[int, int, int]) -> NDArray
     except DatasetError as error:
         raise Flaw(path, "unreadable", f"{error}: left out") from None
     return out
+
+
+def _joined(rgb: NDArray[np.uint8], nir: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bands one after the other, (4, height, width), of pixels one after the other."""
+    image = np.empty((4, *nir.shape[:2]), np.uint8)
+    image[:3] = rgb.transpose(2, 0, 1)
+    image[3] = nir[..., 0]
+    return image
 
 
 def _valid(folder: SplitFolder, key: str, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -1,8 +1,8 @@
 """Scenes with label rasters of the same grid, cut into tiles that keep their coordinates.
 
-A pixel of a scene is nodata where all bands hold their nodata value, where a band is not finite, or
-where the file's mask or alpha band says so. A pixel of a label raster counts unless it holds the
-nodata value, the value to ignore, or one that is no class.
+A pixel of a scene is nodata where all bands hold their nodata value, where a band is not finite (or
+beyond 1e100), or where the file's mask or alpha band says so. A pixel of a label raster counts unless
+it holds the nodata value, the value to ignore, or one that is no class.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from agrivision.data.sources.source import Flaw, Read, Reference, Window
 from agrivision.data.tile import Coordinates, Tile
 
 EXTENSION = "image.tif"
+_LARGEST = 1e100  # no measurement comes near; the largest double is a usual mark for nodata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +179,11 @@ def _holds(dtype: np.dtype[Any], value: float) -> bool:
 
 
 def _has_data(pixels: NDArray[Any], nodata: Sequence[float | None]) -> NDArray[np.bool_]:
-    """Where at least one band differs from its nodata value and all are finite: (height, width)."""
+    """Where a band differs from its nodata value and none is beyond measure: (height, width)."""
     shape = pixels.shape[1:]
     valid = np.ones(shape, np.bool_)
     if np.issubdtype(pixels.dtype, np.floating):
-        valid &= np.isfinite(pixels).all(axis=0)
+        valid &= (np.abs(pixels) < _LARGEST).all(axis=0)  # False for NaN as well
     values = [v if v is not None and _holds(pixels.dtype, v) else None for v in nodata]
     if all(value is not None for value in values):
         missing = [np.equal(band, band.dtype.type(v)) for band, v in zip(pixels, values, strict=True)]
