@@ -104,6 +104,8 @@ def save(
     try:
         if final.is_dir():  # without a manifest: it is no checkpoint any more
             remove_tree(final)
+        if beside.is_dir():  # of a killed attempt: process ids repeat, in containers most of all
+            shutil.rmtree(beside)
         beside.mkdir(mode=0o700)
         files: dict[str, bytes] = {}
         for name, state in states.items():
@@ -125,11 +127,15 @@ def save(
 
 def _encode(name: str, state: State) -> dict[str, bytes]:
     """Tensors go into NAME.safetensors, the rest into NAME.json; files without content are left out."""
-    tensors = {
-        key: value.detach().cpu().contiguous()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            tensor = value.detach().cpu().contiguous()
+            if tensor.untyped_storage().data_ptr() in storages:
+                tensor = tensor.clone()  # of tied weights, which safetensors refuses to save
+            storages.add(tensor.untyped_storage().data_ptr())
+            tensors[key] = tensor
     values = {key: value for key, value in state.items() if key not in tensors}
     files = {}
     if tensors:
@@ -225,7 +231,8 @@ def folders(folder: Path) -> list[Path]:
     """All checkpoints of a run by name, oldest first, looked at no further."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # more digits, more steps
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -303,5 +310,5 @@ def tidy(folder: Path, keep_last: int, keep_steps: Collection[int]) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Parts that killed attempts left behind; only one attempt at a time holds the run directory."""
-    for path in folder.glob(".step-*"):
+    for path in (*folder.glob(".step-*"), *folder.glob(".damaged-step-*")):
         shutil.rmtree(path, ignore_errors=True)

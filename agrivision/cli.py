@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgrivisionError as error:
         return _complain(str(error), error.exit_code)
     except ArgumentError as error:
-        return _complain(" ".join(str(error).split()), ExitCode.BAD_INPUT)
+        return _complain(str(error), ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         return _complain("interrupted", ExitCode.FAILED)
     except MemoryError:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(line: str, code: ExitCode) -> int:
-    sys.stderr.write(f"agrivision: error: {line}\n")
+    sys.stderr.write(f"agrivision: error: {' '.join(line.split())}\n")
     return int(code)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,10 @@ from pathlib import Path
 
 from agrivision.errors import RunMismatch
 from agrivision.storage import make_private, storage_error
+
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,9 @@ class RunDirectory:
             try:
                 row = json.loads(line)
                 if row["kind"] == "evaluation":
-                    found[int(row["step"])] = row["miou"]
-            except (ValueError, KeyError, TypeError):
+                    score = row["miou"]
+                    found[int(row["step"])] = None if score is None else float(score)
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
         return found
 
@@ -74,7 +81,8 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory against a second run that would write the same files.
 
-        The lock goes with the process, however it ends.
+        The lock goes with the process, however it ends. Where the file system knows no locks (Lustre
+        without `-o flock`, NFS without its lock service), a warning is all there is.
 
         Raises:
             RunMismatch: another process holds it.
@@ -93,6 +101,15 @@ class RunDirectory:
                 raise RunMismatch(
                     f"{self.path} is in use by another run: wait for it, or choose another --run_dir"
                 ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise storage_error(path, error) from error
+                log.warning(
+                    "%s: this file system has no locks (%s), so a second run in the same directory"
+                    " would not be noticed",
+                    path,
+                    error.strerror,
+                )
             yield
         finally:
             os.close(descriptor)

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -39,7 +39,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        beside.unlink(missing_ok=True)
+        # A read-only file system refuses even to remove what is not there; what it said first counts.
+        with suppress(OSError):
+            beside.unlink()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -90,7 +92,16 @@ def remove_tree(folder: Path) -> None:
         raise storage_error(folder, error) from error
 
 
-_NOT_FOR_US = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_NOT_FOR_US = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,  # a file where a folder belongs
+    errno.ENAMETOOLONG,
+}
 
 
 def storage_error(path: Path, error: OSError) -> AgrivisionError:

@@ -54,13 +54,16 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
         0 if all ranks ended well; else the exit code of the first that failed, or 85 if all that did
         not end well had been asked to stop.
     """
-    with tempfile.TemporaryDirectory(prefix="agrivision-ranks-") as folder:
-        processes = [
-            subprocess.Popen(list(command), env=rank_environment(rank, ranks, Path(folder)))
-            for rank in range(ranks)
-        ]
-        with _Forwarding(processes):
-            return _wait(processes)
+    processes: list[subprocess.Popen[bytes]] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="agrivision-ranks-") as folder,
+        _Forwarding(processes) as forwarding,  # before the first starts: none may be left behind
+    ):
+        for rank in range(ranks):
+            environment = rank_environment(rank, ranks, Path(folder))
+            processes.append(subprocess.Popen(list(command), env=environment))
+        forwarding.repeat()
+        return _wait(processes)
 
 
 def rank_environment(rank: int, ranks: int, folder: Path) -> Mapping[str, str]:
@@ -85,18 +88,24 @@ class _Forwarding:
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self._processes = processes
         self._before: dict[int, object] = {}
+        self._received: list[signal.Signals] = []
+
+    def repeat(self) -> None:
+        """Send what came while the processes were still being started to all of them."""
+        for number in list(self._received):
+            _signal_all(self._processes, number)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         # Ctrl-C in a terminal reaches the ranks by itself, and a second one ends them at once.
         if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
             return
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(number)
+        self._received.append(signal.Signals(number))
+        _signal_all(self._processes, signal.Signals(number))
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Forwarding:
         for number in self._SIGNALS:
             self._before[number] = signal.signal(number, self._forward)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -106,8 +115,9 @@ class _Forwarding:
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     deadline = None
     first = 0
-    while any(process.poll() is None for process in processes):
-        bad = [p.returncode for p in processes if p.returncode not in (None, 0, _STOPPED)]
+    # All of them, each time: a rank that ended counts even while one before it still runs.
+    while None in (states := [process.poll() for process in processes]):
+        bad = [state for state in states if state not in (None, 0, _STOPPED)]
         if bad and deadline is None:
             first, deadline = bad[0], time.monotonic() + _GRACE_SECONDS
             _signal_all(processes, signal.SIGTERM)

@@ -146,12 +146,18 @@ class Shard:
         """The files of one tile, image files first and labels last.
 
         Raises:
-            DatasetError: the file ends early or the checksum differs; the line names shard and tile.
+            DatasetError: the file cannot be read, ends early or the checksum differs; the line names
+                shard and tile.
         """
         entry = self.index[row]
         offsets, sizes = entry["offsets"].tolist(), entry["sizes"].tolist()
         start, end = offsets[0], offsets[-1] + sizes[-1]
-        content = memoryview(os.pread(self._file.fileno(), end - start, start))
+        try:
+            content = memoryview(os.pread(self._file.fileno(), end - start, start))
+        except OSError as error:  # a bad disk, a file that went away on its server
+            raise DatasetError(
+                f"cannot read tile {self.key(row)} in {self.path}: {error.strerror}"
+            ) from None
         if len(content) != end - start:
             raise DatasetError(f"{self.path} ends inside of tile {self.key(row)}: copy it again")
         files = [

@@ -13,6 +13,7 @@ from agrivision.data.augment import Normaliser
 from agrivision.data.loader import Batch, evaluation_batches
 from agrivision.data.shards import SplitReader
 from agrivision.distributed import Ranks
+from agrivision.errors import DatasetError
 from agrivision.evaluation.confusion import Scores, confusion_matrix, scores
 from agrivision.evaluation.presence import PresenceScores, presence, tile_presence
 from agrivision.model.padding import dense_logits
@@ -67,7 +68,7 @@ def evaluate(
         The same evaluation on all ranks, or None if it was stopped.
 
     Raises:
-        DatasetError: a record cannot be read.
+        DatasetError: a record cannot be read, on this or another rank.
         PeerLost: another rank is gone.
     """
     classes = reader.schema.classes
@@ -83,17 +84,24 @@ def evaluate(
         threads=threads,
         pinned=device.type == "cuda",
     )
-    for batch in batches:
-        if stop():
-            batches.close()
-            break
-        probabilities, labels = _predict(model, batch, normaliser, device, precision)
-        matrix += confusion_matrix(probabilities.argmax(1), labels, len(classes)).cpu()
-        found, truth = tile_presence(probabilities, labels)
-        rows[0, batch.tiles] = found.cpu().double()
-        rows[1, batch.tiles] = truth.cpu().double()
-        report(batch.count)
-    if ranks.largest(int(stop()))[0]:
+    trouble: DatasetError | None = None
+    try:
+        for batch in batches:
+            if stop():
+                batches.close()
+                break
+            probabilities, labels = _predict(model, batch, normaliser, device, precision)
+            matrix += confusion_matrix(probabilities.argmax(1), labels, len(classes)).cpu()
+            found, truth = tile_presence(probabilities, labels)
+            rows[0, batch.tiles] = found.cpu().double()
+            rows[1, batch.tiles] = truth.cpu().double()
+            report(batch.count)
+    except DatasetError as error:  # the other ranks wait for the sum
+        trouble = error
+    stopped, unreadable = ranks.largest(int(stop()), int(trouble is not None))
+    if unreadable:
+        raise trouble or DatasetError("another rank could not read its tiles: see its own line")
+    if stopped:
         return None
     matrix, rows = ranks.sum(matrix), ranks.sum(rows)
     return Evaluation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import nn
 
 from agrivision.config import OptimizerConfig
 from agrivision.errors import CheckpointError
+
+_STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+
+log = logging.getLogger(__name__)
 
 
 class Optimizer:
@@ -33,6 +38,7 @@ class Optimizer:
         groups = [group for group in groups if group["params"]]
         self._optimizer = _build(groups, config)
         self._clip_norm = config.clip_norm
+        self._keys = _STATE_KEYS[config.name]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -59,7 +65,7 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over a state.
+        """Take over a state; one of the other algorithm is left, with a warning, and this one starts anew.
 
         Raises:
             CheckpointError: it belongs to other parameters.
@@ -67,6 +73,9 @@ class Optimizer:
         self._optimizer.state.clear()
         for path, value in state.items():
             key, _, name = path.partition("/")
+            if key not in self._keys:
+                log.warning("the checkpoint's optimiser is another one: this one starts anew")
+                return
             parameter = self._named.get(name)
             if parameter is None or (value.ndim and value.shape != parameter.shape):
                 raise CheckpointError(f"the optimiser's state {path} fits no parameter of this model")

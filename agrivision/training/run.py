@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,39 @@ def train(
     """
     world = world or World.from_environment()
     stop = stop or StopRequest()
+    data = _open_data(config)
+    _check_fit(config, data, world)
     run = RunDirectory(run_dir)
     make_private(run.path)
     configure_log(world.rank, run.log / f"rank-{world.rank}.log")
     _prepare_kernels(config, world)
     device = pick_device(world)
-    with connected(world, device) as ranks:
-        if not world.is_main:
-            return _train(config, run, ranks, device, stop, resume_with_changes)
-        with run.locked():
-            return _train(config, run, ranks, device, stop, resume_with_changes)
+    with connected(world, device) as ranks, _held(run, ranks):
+        return _train(config, run, data, ranks, device, stop, resume_with_changes)
+
+
+@contextmanager
+def _held(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
+    """The run directory, held by rank 0 for all; where it cannot be had, all ranks leave alike."""
+    with ExitStack() as stack:
+        error = None
+        if ranks.world.is_main:
+            try:
+                stack.enter_context(run.locked())
+            except AgrivisionError as refusal:
+                error = refusal
+        _agree_to_start(ranks, error)
+        yield
+
+
+def _agree_to_start(ranks: Ranks, error: AgrivisionError | None) -> None:
+    """Leave on all ranks, with the same exit code, if rank 0 met an error."""
+    said = ranks.from_main(None if error is None else {"line": str(error), "code": error.exit_code})
+    if error is not None:
+        raise error
+    if said is not None:
+        noun = BadInput if said["code"] == BadInput.exit_code else AgrivisionError
+        raise noun(f"rank 0 cannot start: {said['line']}")
 
 
 def _prepare_kernels(config: Config, world: World) -> None:
@@ -104,13 +128,12 @@ def _prepare_kernels(config: Config, world: World) -> None:
 def _train(
     config: Config,
     run: RunDirectory,
+    data: _Data,
     ranks: Ranks,
     device: torch.device,
     stop: StopRequest,
     resume_with_changes: bool,
 ) -> ExitCode:
-    data = _open_data(config)
-    _check_fit(config, data, ranks.world)
     loaded = _find_start(config, run, ranks, data.schema.fingerprint, resume_with_changes)
     order = Order(size=len(data.train), batch_size=config.data.batch_size, seed=config.seed)
     loader = TrainLoader(
@@ -186,26 +209,21 @@ def _find_start(
     config: Config, run: RunDirectory, ranks: Ranks, fingerprint: str, resume_with_changes: bool
 ) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from. Rank 0 decides what exists; file systems may lag elsewhere."""
-    decision: dict[str, Any] = {"error": None, "name": None}
-    found = None
+    found, error = None, None
     if ranks.world.is_main:
         try:
             found = checkpoint.latest(run.checkpoints)
             if found is not None:
                 _compare(config, run, fingerprint, resume_with_changes)
                 checkpoint.set_aside(run.checkpoints, found.step)
-                decision["name"] = found.folder.name
             forget_after(run, 0 if found is None else found.step)
-        except AgrivisionError as error:
-            decision["error"] = str(error)
-            ranks.from_main(decision)
-            raise
-    decision = ranks.from_main(decision)
-    if decision["error"] is not None:
-        raise BadInput(f"rank 0 cannot start: {decision['error']}")
-    if decision["name"] is None or found is not None:
+        except AgrivisionError as refusal:
+            error = refusal
+    _agree_to_start(ranks, error)
+    name = ranks.from_main(None if found is None else found.folder.name)
+    if name is None or found is not None:
         return found
-    return checkpoint.load(_wait_for(run.checkpoints / decision["name"]))
+    return checkpoint.load(_wait_for(run.checkpoints / name))
 
 
 def _wait_for(folder: Path, seconds: float = 60.0) -> Path:
