@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("interrupted", ExitCode.FAILED)
     except MemoryError:
         return _complain("out of memory: use smaller batches or fewer workers", ExitCode.HOPELESS)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; naming the class would import torch
+            raise
+        line = "out of GPU memory: use smaller batches or crops, or training.micro_batch_size"
+        return _complain(line, ExitCode.HOPELESS)
 
 
 def _complain(line: str, code: ExitCode) -> int:

@@ -154,7 +154,7 @@ def _unknown(key: str, where: str) -> ConfigurationError:
 
 
 def _shortened(error: ArgumentError) -> BadInput:
-    """jsonargparse's many lines in one: the key, the value, what was wanted."""
+    """Jsonargparse's many lines in one: the key, the value, what was wanted."""
     text = str(error)
     key = re.search(r'[Kk]ey "([^"]+)"', text)
     value = re.search(r"(?:Given|Got) value: (.*)", text)

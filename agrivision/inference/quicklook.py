@@ -11,7 +11,7 @@ from agrivision.data.parts import geodata
 from agrivision.data.sources.rasters import attempt
 from agrivision.inference.trained import Description
 from agrivision.inference.windows import Scene
-from agrivision.monitor.pictures import INVALID, _enlarge, _sheet, composite, paint, save_png
+from agrivision.monitor.pictures import INVALID, composite, enlarge, paint, save_png, sheet
 
 SIDE = 1024  # pixels: the longest side of a pane
 
@@ -47,4 +47,4 @@ def write_quicklook(
         pane[~valid] = INVALID
     panes.append(paint(np.where(valid, ids, 0), len(description.classes), valid))
     captions = ["RGB", "NIR-R-G", "map"]
-    save_png(path, _sheet([_enlarge(pane) for pane in panes], captions, description.classes))
+    save_png(path, sheet([enlarge(pane) for pane in panes], captions, description.classes))

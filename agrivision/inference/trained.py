@@ -133,8 +133,8 @@ class TrainedModel:
         tensor = torch.as_tensor(images)
         if tensor.ndim != 4 or tensor.shape[1] != len(self.description.bands):
             raise BadInput(
-                f"images of shape {tuple(tensor.shape)}: the network takes (batch,"
-                f" {len(self.description.bands)}, height, width), bands {', '.join(self.description.bands)}"
+                f"images of shape {tuple(tensor.shape)}: the network takes (batch, bands, height, width)"
+                f" with the {len(self.description.bands)} bands {', '.join(self.description.bands)}"
             )
         pixels = tensor.to(self.device).to(torch.float32)
         pixels = pixels.contiguous(memory_format=torch.channels_last)

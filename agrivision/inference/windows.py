@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agrivision.data.sources.rasters import _has_data, _own_mask, attempt, opened
+from agrivision.data.sources.rasters import attempt, has_data, opened, own_mask
 from agrivision.data.sources.source import Flaw, Window
 from agrivision.errors import SourceError
 from agrivision.inference.trained import Description
@@ -100,7 +100,7 @@ def look(path: Path, description: Description) -> Scene:
 
 def unreadable(flaw: Flaw) -> SourceError:
     """The same as an error: here no tile is left out, the prediction ends."""
-    return SourceError(str(flaw.problem).removesuffix(": left out"))
+    return SourceError(str(flaw))
 
 
 def _alpha(dataset: Any, bands: int) -> int | None:
@@ -185,11 +185,11 @@ def _read(
     pixels: NDArray[Any] = attempt(
         scene.path, lambda: dataset.read(list(scene.bands), window=inside), window
     )
-    valid = attempt(scene.path, lambda: _own_mask(dataset, inside), window)
+    valid = attempt(scene.path, lambda: own_mask(dataset, inside), window)
     if scene.alpha is not None:
         alpha = attempt(scene.path, lambda: dataset.read(scene.alpha, window=inside), window)
         valid = valid & np.greater(alpha, 0)
-    valid = valid & _has_data(pixels, scene.nodata)
+    valid = valid & has_data(pixels, scene.nodata)
     if scene.empty is not None:
         pixels[:, ~valid] = scene.empty
     elif np.issubdtype(pixels.dtype, np.floating):

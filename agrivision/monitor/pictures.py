@@ -173,15 +173,15 @@ def panel(
         paint(predicted, len(classes), valid),
     ]
     captions = ["RGB", "NIR-R-G", "no truth" if labels is None else "truth", "prediction"]
-    return _sheet([_enlarge(pane) for pane in panes], captions, classes)
+    return sheet([enlarge(pane) for pane in panes], captions, classes)
 
 
-def _enlarge(picture: Picture) -> Picture:
+def enlarge(picture: Picture) -> Picture:
     factor = -(-_SMALLEST_PANE // picture.shape[1])
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _sheet(panes: Sequence[Picture], captions: Sequence[str], classes: Sequence[str]) -> Picture:
+def sheet(panes: Sequence[Picture], captions: Sequence[str], classes: Sequence[str]) -> Picture:
     height, width = panes[0].shape[:2]
     full = width * len(panes) + _GAP * (len(panes) - 1)
     entries, rows = _legend(classes, full)

@@ -235,26 +235,26 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Flaw(path, "unreadable", f"cannot be read ({error.strerror}): left out") from None
+        raise Flaw(path, "unreadable", f"cannot be read ({error.strerror})") from None
 
 
 def _shape(path: Path, content: bytes) -> tuple[int, int, int]:
     try:
         return jpeg_shape(content)
     except DatasetError as error:
-        raise Flaw(path, "unreadable", f"{error}: left out") from None
+        raise Flaw(path, "unreadable", f"{error}") from None
 
 
 def _decode(path: Path, content: bytes, wanted: tuple[int, int, int]) -> NDArray[np.uint8]:
     shape = _shape(path, content)
     if shape != wanted:
-        what = f"{describe(shape)} where {describe(wanted)} belong: left out"
+        what = f"{describe(shape)} where {describe(wanted)} belong"
         raise Flaw(path, "wrong size", what)
     out = np.empty(wanted, np.uint8)
     try:
         decode_jpeg(content, out)
     except DatasetError as error:
-        raise Flaw(path, "unreadable", f"{error}: left out") from None
+        raise Flaw(path, "unreadable", f"{error}") from None
     return out
 
 
@@ -281,11 +281,11 @@ def _mask(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
         with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
             shape = (image.height, image.width, len(image.getbands()))
             if shape != (*size, 1):
-                what = f"{describe(shape)} where {describe((*size, 1))} belong: left out"
+                what = f"{describe(shape)} where {describe((*size, 1))} belong"
                 raise Flaw(path, "wrong size", what)
             mask: NDArray[np.bool_] = np.greater(np.asarray(image), 0)
     except (OSError, SyntaxError, ValueError) as error:
-        raise Flaw(path, "unreadable", f"not a whole PNG ({error}): left out") from None
+        raise Flaw(path, "unreadable", f"not a whole PNG ({error})") from None
     return mask
 
 

@@ -98,11 +98,11 @@ class RasterReader:
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         path = self.pairs[reference.group].scene
         pixels = attempt(path, lambda: scene.read(list(self.bands), window=inside), reference.window)
-        valid = attempt(path, lambda: _own_mask(scene, inside), reference.window)
+        valid = attempt(path, lambda: own_mask(scene, inside), reference.window)
         if self.alpha is not None:
             alpha = attempt(path, lambda: scene.read(self.alpha, window=inside), reference.window)
             valid = valid & np.greater(alpha, 0)
-        return pixels, valid & _has_data(pixels, [scene.nodatavals[band - 1] for band in self.bands])
+        return pixels, valid & has_data(pixels, [scene.nodatavals[band - 1] for band in self.bands])
 
     def _read_labels(
         self, label: Any, inside: Slices, reference: Reference
@@ -162,7 +162,7 @@ def attempt(path: Path, read: Callable[[], Any], window: Window | None = None) -
     except (rasterio.errors.RasterioError, OSError) as error:
         where = f" at {window}" if window else ""
         reason = " ".join(str(error.__cause__ or error).split())
-        raise Flaw(path, "unreadable", f"cannot be read{where} ({reason}): left out") from None
+        raise Flaw(path, "unreadable", f"cannot be read{where} ({reason})") from None
 
 
 def nodata_of(dataset: Any) -> float | None:
@@ -178,12 +178,14 @@ def _holds(dtype: np.dtype[Any], value: float) -> bool:
     return float(value).is_integer() and limits.min <= value <= limits.max
 
 
-def _has_data(pixels: NDArray[Any], nodata: Sequence[float | None]) -> NDArray[np.bool_]:
+def has_data(pixels: NDArray[Any], nodata: Sequence[float | None]) -> NDArray[np.bool_]:
     """Where a band differs from its nodata value and none is beyond measure: (height, width)."""
     shape = pixels.shape[1:]
     valid = np.ones(shape, np.bool_)
     if np.issubdtype(pixels.dtype, np.floating):
-        valid &= (np.abs(pixels) < _LARGEST).all(axis=0)  # False for NaN as well
+        valid &= (np.abs(pixels) < min(_LARGEST, float(np.finfo(pixels.dtype).max))).all(
+            axis=0
+        )  # False for NaN as well
     values = [v if v is not None and _holds(pixels.dtype, v) else None for v in nodata]
     if all(value is not None for value in values):
         missing = [np.equal(band, band.dtype.type(v)) for band, v in zip(pixels, values, strict=True)]
@@ -191,7 +193,7 @@ def _has_data(pixels: NDArray[Any], nodata: Sequence[float | None]) -> NDArray[n
     return valid
 
 
-def _own_mask(dataset: Any, inside: Slices) -> NDArray[np.bool_]:
+def own_mask(dataset: Any, inside: Slices) -> NDArray[np.bool_]:
     """What a mask in or beside the file says; True everywhere without one. Alpha is no such mask."""
     flags = {flag.name for flag in dataset.mask_flag_enums[0]}
     if "per_dataset" in flags and "alpha" not in flags:
@@ -206,7 +208,7 @@ def read_labels(
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Values of a label raster and where they count, both (height, width)."""
     values: NDArray[Any] = label.read(1, window=inside)
-    valid = _own_mask(label, inside) & _has_data(values[None], [label.nodatavals[0]])
+    valid = own_mask(label, inside) & has_data(values[None], [label.nodatavals[0]])
     if ignore is not None:
         valid = valid & np.not_equal(values, ignore)
     return values, valid

@@ -36,11 +36,15 @@ class Problem(NamedTuple):
 
 
 class Flaw(Exception):
-    """A problem that costs one tile; caught where tiles are read, never shown as it is."""
+    """A problem that costs one tile; caught where tiles are read, never shown as it is.
+
+    Attributes:
+        problem: the same, with its consequence for a data set that is being prepared.
+    """
 
     def __init__(self, path: Path, kind: str, what: str) -> None:
         super().__init__(f"{path}: {what}")
-        self.problem = Problem(str(path), kind, what)
+        self.problem = Problem(str(path), kind, f"{what}: left out")
 
 
 class Report(Protocol):

@@ -176,21 +176,21 @@ def _look(pair: Pair, ignore: int | None, *, named: bool) -> Scene:
 def _check_grids(pair: Pair, scene: Any, label: Any) -> None:
     """Refuse labels that lie elsewhere; labels without any coordinates are taken as they are."""
     if label.count != 1:
-        raise Flaw(pair.label, "labels", f"has {label.count} bands where one belongs: left out")
+        raise Flaw(pair.label, "labels", f"has {label.count} bands where one belongs")
     if (scene.width, scene.height) != (label.width, label.height):
         what = (
             f"{label.width} x {label.height} pixels, but its scene has {scene.width} x {scene.height}"
         )
-        raise Flaw(pair.label, "wrong size", f"{what}: left out")
+        raise Flaw(pair.label, "wrong size", f"{what}")
     if any(dataset.crs is None and dataset.transform.is_identity for dataset in (scene, label)):
         return
     if scene.crs != label.crs and scene.crs and label.crs:
-        raise Flaw(pair.label, "coordinates", "in another coordinate system than its scene: left out")
+        raise Flaw(pair.label, "coordinates", "in another coordinate system than its scene")
     width, height = scene.width, scene.height
     for corner in ((0, 0), (width, 0), (0, height)):
         x, y = _apply(~scene.transform, *_apply(label.transform, *corner))
         if max(abs(x - corner[0]), abs(y - corner[1])) > _SHIFT:
-            raise Flaw(pair.label, "coordinates", "not on the grid of its scene: left out")
+            raise Flaw(pair.label, "coordinates", "not on the grid of its scene")
 
 
 def _apply(transform: Any, x: float, y: float) -> tuple[float, float]:
@@ -232,9 +232,9 @@ def _values(path: Path, label: Any, ignore: int | None) -> Counter[float]:
         found, pixels = np.unique(values[valid], return_counts=True)
         counts.update(dict(zip(found.tolist(), pixels.tolist(), strict=True)))
         if len(counts) > 1 << 16:
-            raise Flaw(path, "labels", "holds more than 65,536 different values: left out")
+            raise Flaw(path, "labels", "holds more than 65,536 different values")
     if any(not float(value).is_integer() for value in counts):
-        raise Flaw(path, "labels", "holds values that are not whole numbers: left out")
+        raise Flaw(path, "labels", "holds values that are not whole numbers")
     return counts
 
 
