@@ -105,7 +105,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(states=STATES, step=st.integers(0, 10**10), epoch=st.integers(0, 10**6))
 def test_what_is_saved_is_loaded(states: dict[str, dict[str, Any]], step: int, epoch: int) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -402,7 +402,7 @@ def steps(folder: Path) -> list[str]:
     chosen=st.sets(st.integers(1, 7)),
     last=st.integers(1, 8),
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_tidy_keeps_what_it_must_and_no_more(
     milestones: set[int], unreadable: set[int], chosen: set[int], last: int
 ) -> None:

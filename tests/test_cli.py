@@ -306,7 +306,8 @@ def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_a_damaged_shard_is_named_and_nothing_is_lost(
     damage: str, split: str, ranks: int, broken: Path, whole, dataset: Path, tmp_path: Path
 ) -> None:
-    shard = broken / split / "00001.tar"
+    # The first batches need neither the last shard nor the first tile of the second.
+    shard = broken / split / ("00004.tar" if (damage, split) == ("cut", "train") else "00001.tar")
     if damage == "bit":
         flip_a_bit(shard, 700)  # in the first of its tiles
     else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agrivision.errors import AgrivisionError, NotWritable, StorageError
@@ -31,14 +32,13 @@ def one_line(error: pytest.ExceptionInfo[AgrivisionError], path: Path) -> None:
     assert str(path) in str(error.value)
 
 
+@settings(max_examples=20)
 @given(versions=st.lists(st.binary(max_size=3000), min_size=1, max_size=4))
-def test_the_last_version_stands(
-    tmp_path_factory: pytest.TempPathFactory, versions: list[bytes]
-) -> None:
-    folder = tmp_path_factory.mktemp("versions")
-    for content in versions:
-        write_atomically(folder / "file", content)
-        assert files(folder) == {"file": content}
+def test_the_last_version_stands(versions: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for content in versions:
+            write_atomically(Path(folder) / "file", content)
+            assert files(Path(folder)) == {"file": content}
 
 
 class Killed(BaseException):
@@ -91,7 +91,9 @@ def test_a_full_disk_keeps_the_old_bytes(disk: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "act", [lambda path: write_atomically(path, b"new"), make_private, remove_tree], ids=str
+    "act",
+    [lambda path: write_atomically(path, b"new"), make_private, remove_tree],
+    ids=["write", "make", "remove"],
 )
 def test_a_read_only_disk_is_the_users_to_change(disk: Path, act: Callable[[Path], None]) -> None:
     (disk / "old").mkdir()

@@ -133,8 +133,8 @@ class TrainedModel:
         tensor = torch.as_tensor(images)
         if tensor.ndim != 4 or tensor.shape[1] != len(self.description.bands):
             raise BadInput(
-                f"images of shape {tuple(tensor.shape)}: the network takes (batch, bands, height, width)"
-                f" with the {len(self.description.bands)} bands {', '.join(self.description.bands)}"
+                f"images of shape {tuple(tensor.shape)}: the network takes (batch, bands,"
+                f" height, width), bands {', '.join(self.description.bands)}"
             )
         pixels = tensor.to(self.device).to(torch.float32)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -216,7 +216,7 @@ def _load_whole(path: Path) -> checkpoint.Checkpoint:
     try:
         return checkpoint.load(folder)
     except AgrivisionError as error:
-        if folder == path or folder == path.parent:
+        if folder in (path, path.parent):
             raise
         checkpoint.log.warning("%s; taking the newest whole checkpoint instead", error)
         found = checkpoint.latest(folder.parent)

@@ -224,8 +224,8 @@ class Trainer:
         tiles = batch.tiles[part]
         images, labels = self._augment(pixels.images(), pixels.label_bits(), batch.whole.epoch, tiles)
         self._seed(batch, part.start)
-        with autocast(self._device, self._config.training.precision):
-            logits = self._wrapped(images)
+        with autocast(self._device, self._config.training.precision), peers_may_fail():
+            logits = self._wrapped(images)  # DDP sends rank 0's running statistics to the others
         losses = self._loss(logits, labels)
         # Samples that only fill up the batch have no weight, but keep the graph and the shapes.
         counts = torch.arange(part.start, part.stop, device=self._device) < batch.count

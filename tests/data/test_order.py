@@ -22,7 +22,7 @@ def test_one_position_alone_is_where_it_is_among_others(size: int, position: int
     some = np.array([position, (position + 1) % size, 0])
     together = permuted(some, size, seed, 3)
     assert permuted(some[:1], size, seed, 3)[0] == together[0]
-    assert 0 <= together.min() and together.max() < size
+    assert together.min() >= 0 and together.max() < size
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -316,7 +316,6 @@ def test_empty_pixels_reach_the_network_as_in_training(
     assert valid[5:].all()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_a_huge_nodata_value_does_not_reach_the_neighbours(
     tmp_path: Path, generator: np.random.Generator
 ) -> None:
@@ -332,7 +331,6 @@ def test_a_huge_nodata_value_does_not_reach_the_neighbours(
     assert (found[0] == 255).sum() == 16
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_not_a_number_is_no_data(tmp_path: Path, generator: np.random.Generator) -> None:
     trained = trained_model(tmp_path / "run", dtype="float32")
     image = smooth(generator, 40, 40).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from functools import cache, partial
 from itertools import count
@@ -19,7 +20,7 @@ from agrivision.errors import ExitCode
 from agrivision.training import trainer
 from agrivision.training.trainer import Trainer
 from tests.heard import hear, hear_one
-from tests.ranks import Disturbance, run
+from tests.ranks import Disturbance, Moment, run
 from tests.training.runs import arguments, assert_same, last_bits, metrics, samples
 
 PLAIN = {"training__ema_decay": 0, "monitor__tensorboard": "false", "monitor__images": 0}
@@ -92,11 +93,11 @@ def test_gradients_and_losses_are_those_of_one_rank(
                 size = np.abs(wanted[name]).max()
                 assert size > 0 or "bias" in name
                 np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=2e-5 * size + 1e-8)
-    for mine, theirs in zip(metrics(many), metrics(alone), strict=True):
-        assert mine.keys() == theirs.keys()
+    logged = [[row for row in metrics(run) if row["kind"] == "training"] for run in (alone, many)]
+    assert [len(rows) for rows in logged] == [5, 5]
+    for theirs, mine in zip(*logged, strict=True):
         for name in ("total", "cross_entropy", "dice", "gradient_norm"):
-            assert mine.get(name) == pytest.approx(theirs.get(name), rel=2e-5)
-    assert [row["kind"] for row in metrics(many)] == ["training"] * 5 + ["evaluation"]
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-5)
 
 
 def spoil(rank: int, *, bad: tuple[int, ...], folder: Path, on: int) -> None:
@@ -156,9 +157,35 @@ def test_too_many_bad_losses_in_a_row_end_all_ranks(dataset: Path, tmp_path: Pat
     hook = partial(spoil, bad=(2, 4, 5, 6, 7), folder=tmp_path, on=1)
     endings = hear(arguments(dataset, tmp_path / "run", **changes), 2, hook=hook)
     assert [ending.code for ending in endings] == [ExitCode.HOPELESS] * 2
-    assert all("step 6" in ending.complaint and "optimizer.lr" in ending.complaint for ending in endings)
+    assert all(
+        "step 6" in ending.complaint and "optimizer.lr" in ending.complaint for ending in endings
+    )
     assert last_bits(tmp_path / "run")[0] == 4  # the last one that was saved is still there, and whole
     checkpoint.load(checkpoint.folders(tmp_path / "run" / "checkpoints")[-1])
+
+
+@pytest.mark.parametrize(
+    ("moment", "count", "victim"),
+    [
+        ("forward", 1, 0),
+        ("forward", 2, 1),  # when DistributedDataParallel arranges its buckets anew
+        ("forward", 4, 0),
+        ("backward done", 3, 1),
+        ("step done", 3, 0),
+        ("saving", 1, 0),
+        ("evaluating", 1, 1),
+    ],
+)
+def test_a_rank_that_is_lost_costs_the_others_one_line(
+    moment: Moment, count: int, victim: int, dataset: Path, tmp_path: Path
+) -> None:
+    kill = Disturbance(signal.SIGKILL, moment, count=count, rank=victim)
+    command = arguments(dataset, tmp_path, **PLAIN, evaluation__batch_size=2)
+    endings = hear(command, 2, disturbance=kill)
+    assert endings[victim].code == -signal.SIGKILL
+    survivor = endings[1 - victim]
+    assert survivor.code == ExitCode.FAILED
+    assert survivor.complaint.startswith("lost the other ranks")
 
 
 def run_out_of_memory(rank: int) -> None:
@@ -171,7 +198,7 @@ def run_out_of_memory(rank: int) -> None:
 def test_a_gpu_without_enough_memory_is_hopeless(dataset: Path, tmp_path: Path) -> None:
     ending = hear_one(arguments(dataset, tmp_path, **PLAIN), hook=run_out_of_memory)
     assert ending.code == ExitCode.HOPELESS
-    assert "out of memory" in ending.complaint
+    assert "out of GPU memory" in ending.complaint
 
 
 def steps_saved(run_dir: Path) -> list[int]:
@@ -242,15 +269,19 @@ def test_the_best_checkpoint_is_kept(dataset: Path, tmp_path: Path) -> None:
     [{"model__convolution": "valid", "data__crop": 44}, {"training__precision": "bf16"}],
     ids=["valid", "bf16"],
 )
-def test_other_networks_learn_and_resume(changes: dict[str, object], dataset: Path, tmp_path: Path) -> None:
+def test_other_networks_learn_and_resume(
+    changes: dict[str, object], dataset: Path, tmp_path: Path
+) -> None:
     options = PLAIN | {"training__epochs": 2, "optimizer__lr": 0.01, "model__dropout": 0} | changes
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(arguments(dataset, whole, **options)) == [0]
     command = arguments(dataset, broken, **options)
-    stop = Disturbance(15, "forward", count=8)
+    stop = Disturbance(signal.SIGTERM, "forward", count=8)
     assert run(command, disturbance=stop) == [ExitCode.STOPPED]
     assert run(command) == [0]
     assert_same(broken, whole)
-    losses = [json.loads(line).get("total") for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line).get("total") for line in (whole / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [loss for loss in losses if loss is not None]
     assert losses[-1] < losses[0]

@@ -227,7 +227,7 @@ def _iterate(
             nir = _decode(nir_path, _content(nir_path), (height, width, 1))
             valid = _valid(folder, key, (height, width))
         except Flaw as flaw:
-            raise SourceError(str(flaw.problem)) from None
+            raise SourceError(str(flaw)) from None
         yield key, _joined(rgb, nir), valid
 
 
