@@ -184,7 +184,7 @@ class ScheduleConfig:
     Attributes:
         name: shape of the decay.
         warmup: share of all steps that the warm-up takes.
-        final: learning rate at the end, as a share of the peak.
+        final: learning rate at the end of a decay, as a share of the peak.
         power: exponent of the polynomial decay.
     """
 

@@ -159,8 +159,7 @@ class Augment:
         """The same, with scale and rotation, in one bilinear pass; labels take the nearest pixel."""
         side = self._side(images.shape[-1])
         matrices = np.stack([_matrix(one, images.shape[-1], side) for one in draws])
-        theta = torch.from_numpy(matrices).to(images.device, torch.float32)
-        grid = F.affine_grid(theta, [len(draws), 1, side, side], align_corners=False)
+        grid = _grid(torch.from_numpy(matrices).to(images.device, torch.float32), side)
         cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         # float32 holds all 16 bits exactly, and outside there is no valid bit.
         bits = F.grid_sample(
@@ -182,8 +181,20 @@ def _symmetry(pixels: torch.Tensor, one: Draw) -> torch.Tensor:
     return torch.rot90(mirrored, one.turns, (-2, -1)) if one.turns else mirrored
 
 
+def _grid(matrices: torch.Tensor, side: int) -> torch.Tensor:
+    """Where each output pixel's centre comes from: (batch, side, side, 2), x before y.
+
+    As `F.affine_grid`, but without a matrix product, whose bits may depend on the batch and whose
+    precision on the GPU's settings.
+    """
+    centres = (torch.arange(side, device=matrices.device) * 2 + 1) / side - 1
+    rows, columns = centres.view(1, side, 1, 1), centres.view(1, 1, side, 1)
+    along_x, along_y, shift = (matrices[:, None, None, :, part] for part in range(3))
+    return along_x * columns + along_y * rows + shift
+
+
 def _matrix(one: Draw, tile_side: int, side: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Output → input coordinates, each -1 … 1 over its image, (2, 3), as `F.affine_grid` wants."""
+    """Output → input coordinates, each -1 … 1 over its image, (2, 3), as `_grid` takes them."""
     turn = math.radians(90 * one.turns + one.angle)
     cos, sin = math.cos(turn), math.sin(turn)
     # Image rows grow downwards, so a counter-clockwise turn reads the input with this sign of sine.

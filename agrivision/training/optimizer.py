@@ -65,7 +65,7 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over a state; one of the other algorithm is left, with a warning, and this one starts anew.
+        """Take over a state; one of the other algorithm is left aside with a warning.
 
         Raises:
             CheckpointError: it belongs to other parameters.
