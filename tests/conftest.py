@@ -42,5 +42,7 @@ def dataset(fields: Path) -> Path:
 def naip() -> Path:
     """Real scenes with labels, which lie beside a checkout and not in it."""
     if not NAIP.is_dir():
-        pytest.skip(f"the real scenes are not here ({NAIP.parent.name}/{NAIP.name} beside the checkout)")
+        pytest.skip(
+            f"the real scenes are not here ({NAIP.parent.name}/{NAIP.name} beside the checkout)"
+        )
     return NAIP

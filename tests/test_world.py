@@ -56,7 +56,13 @@ def test_a_batch_script_without_srun_is_alone() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("n[3,5-7]", "n3"), ("a[01-02]-ib,b3", "a01-ib"), ("", "127.0.0.1")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[3,5-7]", "n3"),
+        ("a[01-02]-ib,b3", "a01-ib"),
+        ("", "127.0.0.1"),
+    ],
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert World.from_environment(slurm(SLURM_STEP_NODELIST=nodes)).master_address == first

@@ -124,6 +124,12 @@ class Order:
         """Steps that it takes to see every tile once."""
         return -(-self.size // self.batch_size)
 
+    def steps_left(self, cursor: int, epochs: int) -> int:
+        """Steps that it takes from `cursor` to the end of the last of `epochs` epochs."""
+        epoch, start = divmod(cursor, self.size)
+        this_epoch = -(-(self.size - start) // self.batch_size)
+        return this_epoch + (epochs - epoch - 1) * self.steps_per_epoch if epoch < epochs else 0
+
     def batch(self, cursor: int) -> GlobalBatch:
         """The batch that begins after `cursor` samples."""
         epoch, start = divmod(cursor, self.size)

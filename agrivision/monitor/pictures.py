@@ -177,11 +177,13 @@ def panel(
 
 
 def enlarge(picture: Picture) -> Picture:
+    """Repeat the pixels of a small picture until it is worth looking at."""
     factor = -(-_SMALLEST_PANE // picture.shape[1])
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def sheet(panes: Sequence[Picture], captions: Sequence[str], classes: Sequence[str]) -> Picture:
+    """Pictures of the same size side by side, with captions above and a legend of classes beneath."""
     height, width = panes[0].shape[:2]
     full = width * len(panes) + _GAP * (len(panes) - 1)
     entries, rows = _legend(classes, full)

@@ -6,8 +6,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import yaml
 from torch import nn
 
 from agrivision import checkpoint
-from agrivision.config import Config, flatten
+from agrivision.config import Config
 from agrivision.data.augment import Augment, Normaliser
 from agrivision.data.loader import TrainLoader
 from agrivision.data.order import Order
@@ -31,7 +30,6 @@ from agrivision.errors import (
     Diverged,
     ExitCode,
     PeerLost,
-    RunMismatch,
 )
 from agrivision.evaluation.evaluate import Evaluation, evaluate
 from agrivision.inference.trained import Description
@@ -42,16 +40,13 @@ from agrivision.rundir import RunDirectory, best_step
 from agrivision.storage import make_private, write_atomically
 from agrivision.training import provenance
 from agrivision.training.preemption import StopRequest
-from agrivision.training.record import Record, forget_after
+from agrivision.training.record import Record
 from agrivision.training.showcase import draw_panels
-from agrivision.training.trainer import SaveClock, Step, Trainer
+from agrivision.training.start import find_start, held
+from agrivision.training.trainer import Progress, SaveClock, Step, Trainer
 from agrivision.world import World
 
 log = logging.getLogger(__name__)
-
-# Keys that change nothing of what is computed: a run may go on with others.
-FREE_KEYS = ("data.path", "data.threads", "data.prefetch", "monitor.", "training.keep_")
-_FREE_PREFIXES = (*FREE_KEYS, "training.checkpoint_every_")
 
 
 def train(
@@ -86,32 +81,13 @@ def train(
     configure_log(world.rank, run.log / f"rank-{world.rank}.log")
     _prepare_kernels(config, world)
     device = pick_device(world)
-    with connected(world, device) as ranks, _held(run, ranks):
-        return _train(config, run, data, ranks, device, stop, resume_with_changes)
-
-
-@contextmanager
-def _held(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
-    """The run directory, held by rank 0 for all; where it cannot be had, all ranks leave alike."""
-    with ExitStack() as stack:
-        error = None
-        if ranks.world.is_main:
-            try:
-                stack.enter_context(run.locked())
-            except AgrivisionError as refusal:
-                error = refusal
-        _agree_to_start(ranks, error)
-        yield
-
-
-def _agree_to_start(ranks: Ranks, error: AgrivisionError | None) -> None:
-    """Leave on all ranks, with the same exit code, if rank 0 met an error."""
-    said = ranks.from_main(None if error is None else {"line": str(error), "code": error.exit_code})
-    if error is not None:
-        raise error
-    if said is not None:
-        noun = BadInput if said["code"] == BadInput.exit_code else AgrivisionError
-        raise noun(f"rank 0 cannot start: {said['line']}")
+    try:
+        with connected(world, device) as ranks, held(run, ranks):
+            setting = _Setting(config=config, run=run, data=data, ranks=ranks, device=device, stop=stop)
+            return _train(setting, resume_with_changes=resume_with_changes)
+    except AgrivisionError as error:
+        log.debug("leaving with %d: %s", error.exit_code, error)  # into the rank's log file
+        raise
 
 
 def _prepare_kernels(config: Config, world: World) -> None:
@@ -127,33 +103,47 @@ def _prepare_kernels(config: Config, world: World) -> None:
         torch.set_num_threads(max(1, cores // world.local_size))
 
 
-def _train(
-    config: Config,
-    run: RunDirectory,
-    data: _Data,
-    ranks: Ranks,
-    device: torch.device,
-    stop: StopRequest,
-    resume_with_changes: bool,
-) -> ExitCode:
-    loaded = _find_start(config, run, ranks, data.schema.fingerprint, resume_with_changes)
-    order = Order(size=len(data.train), batch_size=config.data.batch_size, seed=config.seed)
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    schema: Schema
+    train: SplitReader
+    val: SplitReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """What stays the same over an attempt."""
+
+    config: Config
+    run: RunDirectory
+    data: _Data
+    ranks: Ranks
+    device: torch.device
+    stop: StopRequest
+
+
+def _train(setting: _Setting, *, resume_with_changes: bool) -> ExitCode:
+    config, data, ranks = setting.config, setting.data, setting.ranks
+    loaded = find_start(
+        config, setting.run, ranks, data.schema.fingerprint, resume_with_changes=resume_with_changes
+    )
     loader = TrainLoader(
         data.train,
-        order,
+        Order(size=len(data.train), batch_size=config.data.batch_size, seed=config.seed),
         ranks.world,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        pinned=device.type == "cuda",
+        pinned=setting.device.type == "cuda",
     )
     with loader:
-        trainer = _build_trainer(config, data, loader, ranks, device, fresh=loaded is None)
+        trainer = _build_trainer(setting, loader, fresh=loaded is None)
         if loaded is not None:
             trainer.load_states(loaded.states)
+        trainer.total_steps = _total_steps(config, loader.order, trainer.progress)
         if ranks.world.is_main:
-            _write_about(config, run, ranks, device, data.schema, trainer.progress.step)
+            _write_about(setting, trainer.progress.step)
         record = Record(
-            run,
+            setting.run,
             ranks.world,
             resume_step=trainer.progress.step,
             total_steps=trainer.total_steps,
@@ -161,14 +151,7 @@ def _train(
             samples=config.monitor.log_samples,
         )
         with record:
-            return _Run(config, run, ranks, device, data, loader, trainer, record, stop).go()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    schema: Schema
-    train: SplitReader
-    val: SplitReader
+            return _Run(setting, loader, trainer, record).go()
 
 
 def _open_data(config: Config) -> _Data:
@@ -207,81 +190,8 @@ def _check_fit(config: Config, data: _Data, world: World) -> None:
             raise ConfigurationError(f"data.crop is {crop or tile}: {error}") from None
 
 
-def _find_start(
-    config: Config, run: RunDirectory, ranks: Ranks, fingerprint: str, resume_with_changes: bool
-) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from. Rank 0 decides what exists; file systems may lag elsewhere."""
-    found, error = None, None
-    if ranks.world.is_main:
-        try:
-            found = checkpoint.latest(run.checkpoints)
-            if found is not None:
-                _compare(config, run, fingerprint, resume_with_changes)
-                checkpoint.set_aside(run.checkpoints, found.step)
-            forget_after(run, 0 if found is None else found.step)
-        except AgrivisionError as refusal:
-            error = refusal
-    _agree_to_start(ranks, error)
-    name = ranks.from_main(None if found is None else found.folder.name)
-    if name is None or found is not None:
-        return found
-    return checkpoint.load(_wait_for(run.checkpoints / name))
-
-
-def _wait_for(folder: Path, seconds: float = 60.0) -> Path:
-    """A folder that another node has just written; NFS may show it up to half a minute late."""
-    end = time.monotonic() + seconds
-    while not (folder / checkpoint.MANIFEST).is_file() and time.monotonic() < end:
-        time.sleep(0.5)
-    return folder
-
-
-def _compare(config: Config, run: RunDirectory, fingerprint: str, resume_with_changes: bool) -> None:
-    """Refuse, or say, what differs from the run that the directory belongs to."""
-    changes = _differences(config, run)
-    attempts = provenance.attempts(run)
-    before = attempts[-1].get("data_fingerprint") if attempts else None
-    if before is not None and before != fingerprint:
-        changes.append(
-            f"the data set in {config.data.path} is another one (fingerprint {fingerprint[:12]})"
-        )
-    if not changes:
-        return
-    said = "; ".join(changes)
-    if not resume_with_changes:
-        raise RunMismatch(
-            f"{run.path} belongs to another run: {said}. Choose another --run_dir, restore the values,"
-            " or pass --resume_with_changes"
-        )
-    log.warning("going on with changes: %s", said)
-
-
-def _differences(config: Config, run: RunDirectory) -> list[str]:
-    try:
-        before = flatten(yaml.safe_load(run.config.read_text()))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise RunMismatch(f"cannot read {run.config}: {error}") from None
-    now = flatten(config.to_dict())
-    keys = sorted(key for key in before.keys() | now.keys() if not key.startswith(_FREE_PREFIXES))
-    missing = object()
-    return [
-        f"{key} was {before.get(key, 'not there')!r} and is {now.get(key, 'not there')!r}"
-        for key in keys
-        if before.get(key, missing) != now.get(key, missing)
-    ]
-
-
-def _build_trainer(
-    config: Config,
-    data: _Data,
-    loader: TrainLoader,
-    ranks: Ranks,
-    device: torch.device,
-    *,
-    fresh: bool,
-) -> Trainer:
+def _build_trainer(setting: _Setting, loader: TrainLoader, *, fresh: bool) -> Trainer:
+    config, data, device = setting.config, setting.data, setting.device
     schema = data.schema
     torch.manual_seed(config.seed)
     # A run that goes on has the encoder's weights in its checkpoint; the file may be gone by then.
@@ -294,9 +204,6 @@ def _build_trainer(
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     pixels = data.train.split.class_pixels
     weights = class_weights(pixels, config.loss.class_weights, config.loss.max_class_weight)
-    total = loader.order.steps_per_epoch * config.training.epochs
-    if config.training.max_steps is not None:
-        total = min(total, config.training.max_steps)
     return Trainer(
         config,
         model,
@@ -307,19 +214,23 @@ def _build_trainer(
             crop=config.data.crop,
             seed=config.seed,
         ),
-        loader,
-        ranks,
-        device,
-        total,
+        loader=loader,
+        ranks=setting.ranks,
+        device=device,
     )
 
 
-def _write_about(
-    config: Config, run: RunDirectory, ranks: Ranks, device: torch.device, schema: Schema, step: int
-) -> None:
+def _total_steps(config: Config, order: Order, progress: Progress) -> int:
+    """Steps of the whole run: those done, and those that the epochs still take."""
+    total = progress.step + order.steps_left(progress.cursor, config.training.epochs)
+    return total if config.training.max_steps is None else min(total, config.training.max_steps)
+
+
+def _write_about(setting: _Setting, step: int) -> None:
+    config, run, ranks, device = setting.config, setting.run, setting.ranks, setting.device
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     write_atomically(run.config, text.encode())
-    attempt = provenance.describe(ranks.world, device, schema.fingerprint, step)
+    attempt = provenance.describe(ranks.world, device, setting.data.schema.fingerprint, step)
     provenance.add_attempt(run, attempt)
     log.info(
         "%s: %d ranks on %s, %s %d", run.path, ranks.world.size, attempt["device"],
@@ -331,22 +242,13 @@ class _Run:
     """What happens between the steps: log, evaluate, save, leave."""
 
     def __init__(
-        self,
-        config: Config,
-        run: RunDirectory,
-        ranks: Ranks,
-        device: torch.device,
-        data: _Data,
-        loader: TrainLoader,
-        trainer: Trainer,
-        record: Record,
-        stop: StopRequest,
+        self, setting: _Setting, loader: TrainLoader, trainer: Trainer, record: Record
     ) -> None:
-        self._config, self._run, self._ranks, self._device = config, run, ranks, device
-        self._data, self._loader, self._trainer = data, loader, trainer
-        self._record, self._stop = record, stop
+        self._config, self._run, self._ranks = setting.config, setting.run, setting.ranks
+        self._device, self._data, self._stop = setting.device, setting.data, setting.stop
+        self._loader, self._trainer, self._record = loader, trainer, record
         self._clock = SaveClock(
-            config.training.checkpoint_every_minutes if ranks.world.is_main else None
+            self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None
         )
         self._saved_step = trainer.progress.step if trainer.progress.step else -1
 

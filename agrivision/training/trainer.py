@@ -112,7 +112,14 @@ class Trainer:
         loader: of the training split.
         ranks: connected.
         device: of this rank.
-        total_steps: of the whole run.
+
+    Attributes:
+        progress: how far the run is.
+        total_steps: of the whole run; set it before the first step.
+        model: without a wrapper.
+        optimizer: of its parameters.
+        average: of its weights, None where the configuration wants none.
+        trouble: why this rank cannot read its next batch.
     """
 
     def __init__(
@@ -121,18 +128,18 @@ class Trainer:
         model: nn.Module,
         loss: LabelSetLoss,
         augment: Augment,
+        *,
         loader: TrainLoader,
         ranks: Ranks,
         device: torch.device,
-        total_steps: int,
     ) -> None:
         self.progress = Progress()
-        self.total_steps = total_steps
+        self.total_steps = 0
         self.model = model
         self.optimizer = Optimizer(model, config.optimizer)
         decay = config.training.ema_decay
         self.average = WeightAverage(model, decay) if decay else None
-        self.trouble: DatasetError | None = None  # why this rank cannot read its next batch
+        self.trouble: DatasetError | None = None
         self._config, self._loss, self._augment, self._loader = config, loss, augment, loader
         self._ranks, self._device = ranks, device
         self._wrapped = _wrap(model, ranks, device)
@@ -181,6 +188,8 @@ class Trainer:
             DatasetError: the very first batch cannot be read on this or another rank.
             PeerLost: another rank is gone.
         """
+        if self.progress.step >= self.total_steps:
+            return
         batch = self._fetch()
         if self._ranks.largest(int(batch is None))[0]:
             raise self.trouble or DatasetError("another rank cannot read its batch: see its own line")
@@ -223,7 +232,7 @@ class Trainer:
         pixels = batch.pixels.part(part).to(self._device)
         tiles = batch.tiles[part]
         images, labels = self._augment(pixels.images(), pixels.label_bits(), batch.whole.epoch, tiles)
-        self._seed(batch, part.start)
+        self._seed(part.start)
         with autocast(self._device, self._config.training.precision), peers_may_fail():
             logits = self._wrapped(images)  # DDP sends rank 0's running statistics to the others
         losses = self._loss(logits, labels)
@@ -236,7 +245,7 @@ class Trainer:
         parts = torch.stack([losses.total, losses.cross_entropy, losses.dice])
         return (parts.detach() * counts).sum(1)
 
-    def _seed(self, batch: Batch, start: int) -> None:
+    def _seed(self, start: int) -> None:
         """Dropout depends on the step and the sample's place in the global batch, not on history."""
         world = self._ranks.world
         place = self._config.data.batch_size * world.rank // world.size + start

@@ -62,9 +62,12 @@ def test_every_tile_once_an_epoch_on_changing_worlds(
             assert np.array_equal(np.concatenate(parts), batch.tiles)
             assert len(batch.tiles) == batch_size and batch.epoch == epoch
             seen += batch.tiles[: batch.count].tolist()
+            done = epoch * order.steps_per_epoch + step
+            assert order.steps_left(cursor, 2) == 2 * order.steps_per_epoch - done
             cursor = batch.next_cursor
         assert sorted(seen) == list(range(size))
     assert cursor == 2 * size
+    assert order.steps_left(cursor, 2) == order.steps_left(cursor, 1) == 0
 
 
 @given(total=st.integers(0, 1000), size=st.integers(1, 50))
@@ -75,7 +78,13 @@ def test_shares_are_even_and_complete(total: int, size: int) -> None:
 
 
 def test_generators_of_different_events_never_meet() -> None:
-    events = [(seed, stream, a, b) for seed in (0, 1) for stream in Stream for a in (0, 1, 2) for b in (0, 1, 2)]
+    events = [
+        (seed, stream, a, b)
+        for seed in (0, 1)
+        for stream in Stream
+        for a in (0, 1, 2)
+        for b in (0, 1, 2)
+    ]
     draws = [tuple(generator(*event).integers(2**63, size=4).tolist()) for event in events]
     assert len(set(draws)) == len(events)
     # What `seed + epoch` would have confused.

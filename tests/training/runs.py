@@ -35,7 +35,7 @@ def arguments(dataset: Path, run_dir: Path, **overrides: Any) -> list[str]:
 
 
 def last_bits(run_dir: Path) -> tuple[int, dict[str, Any]]:
-    """Step of the last checkpoint, and the checksums of its files: weights, optimiser, EMA, progress."""
+    """Step of the last checkpoint, and its files' checksums: weights, optimiser, EMA, progress."""
     entry = checkpoint.entries(run_dir / "checkpoints")[-1]
     return entry.step, dict(entry.files)
 

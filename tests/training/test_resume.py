@@ -60,7 +60,9 @@ def test_stopped_by_sigterm(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed(ranks: int, threads: int, precision: str, dataset: Path, tmp_path: Path, undisturbed) -> None:
+def test_killed(
+    ranks: int, threads: int, precision: str, dataset: Path, tmp_path: Path, undisturbed
+) -> None:
     chance = random.Random(f"killed {ranks} {threads} {precision}")
     command = arguments(dataset, tmp_path, training__precision=precision, data__threads=threads)
     kill = Disturbance(
@@ -101,7 +103,9 @@ def test_interrupted_at_every_turn(dataset: Path, tmp_path: Path, undisturbed) -
     assert_same(tmp_path, undisturbed(1, "fp32"))
 
 
-def test_curves_have_every_step_once_after_interruptions(dataset: Path, tmp_path: Path, undisturbed) -> None:
+def test_curves_have_every_step_once_after_interruptions(
+    dataset: Path, tmp_path: Path, undisturbed
+) -> None:
     command = arguments(dataset, tmp_path)
     run(command, disturbance=Disturbance(signal.SIGKILL, "forward", count=14))
     run(command, disturbance=Disturbance(signal.SIGTERM, "forward", count=2))
