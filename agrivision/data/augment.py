@@ -97,7 +97,7 @@ class Augment:
 
     Attributes:
         config: which changes, how strong.
-        normaliser: applied first, so that what a warp moves in from outside is the mean.
+        normaliser: of the data set.
         crop: side of the crop in pixels; None keeps the tiles whole.
         seed: of the run.
     """
@@ -124,11 +124,12 @@ class Augment:
         """
         bands = images.shape[1]
         draws = [draw(self.config, bands, self.seed, epoch, tile) for tile in tiles]
-        normal = self.normaliser(images)
         if self.config.scale or self.config.rotate:
-            changed, bits = self._warp(normal, labels, draws)
+            # What a warp moves in from outside is zero: the mean, once pixels are normalised.
+            changed, bits = self._warp(self.normaliser(images), labels, draws)
         else:
-            changed, bits = self._cut(normal, labels, draws)
+            cut, bits = self._cut(images, labels, draws)
+            changed = self.normaliser(cut)  # after the crop: there is less of it
         gain = changed.new_tensor([one.gain for one in draws]).view(len(draws), bands, 1, 1)
         shift = changed.new_tensor([one.shift for one in draws]).view(len(draws), 1, 1, 1)
         if self.config.brightness or self.config.contrast or self.config.band_gain:

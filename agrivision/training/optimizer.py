@@ -88,11 +88,11 @@ class Optimizer:
 
 
 def _build(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    on_gpu = groups[0]["params"][0].is_cuda
+    # One kernel for all of a step's arithmetic, on CPUs too.
     if config.name == "adamw":
         betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=on_gpu)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     nesterov = config.momentum > 0
     return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=on_gpu
+        groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True
     )
