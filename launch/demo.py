@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demonstrate(out: Path, file: Path) -> None:
     _clear(out)
     fields, dataset, run_dir = out / "fields", out / "dataset", out / "run"
-    _agrivision("synthesize", str(fields))
+    _agrivision("synthesize", str(fields), "--size", "128")  # a quarter of the pixels, and of the time
     _agrivision("prepare", str(fields), str(dataset))
     _agrivision("inspect", str(dataset), "--verify")
     config, schema, run = read_config(file), Schema.read(dataset), RunDirectory(run_dir)
