@@ -37,4 +37,4 @@ check: $(STAMP)  ## style, types and the direction of imports
 
 clean:  ## remove caches, builds and the demo's output; the virtual environment stays
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find agrivision launch tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find agrivision launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

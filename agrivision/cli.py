@@ -98,7 +98,7 @@ def _synthesize(argv: list[str]) -> ExitCode:
             tiles=args.tiles,
             size=args.size,
             seed=args.seed,
-            workers=args.workers or _cores(),
+            workers=_cores() if args.workers is None else args.workers,
             report=bar.advance,
         )
     say(f"{args.tiles} tiles in {args.out}")
@@ -131,7 +131,7 @@ def _prepare(argv: list[str]) -> ExitCode:
     from agrivision.monitor.progress import progress
 
     options = PrepareOptions(
-        workers=args.workers or _cores(),
+        workers=args.workers,
         val=_names(args.val),
         val_fraction=args.val_fraction,
         tile=args.tile,

@@ -215,7 +215,7 @@ class TrainingConfig:
         ema_decay: decay of the moving average of the weights that is evaluated and saved beside
             them; 0 switches it off.
         max_nonfinite_steps: stop after this many steps in a row whose loss is not finite.
-        evaluate_every_epochs: evaluate after every N-th epoch and at the end; 0: only at the end.
+        evaluate_every_epochs: evaluate, and save, after every N-th epoch and at the end; 0: only then.
         checkpoint_every_epochs: save after every N-th epoch; 0: only at the end and when stopped.
         checkpoint_every_steps: save also every N steps.
         checkpoint_every_minutes: save also when this much time has passed since the last save.

@@ -71,13 +71,16 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only its owner can open (0700); an existing one is left as it is.
+    """Make a folder that only its owner can open (0700); an existing one of ours becomes so.
 
     Raises:
         StorageError, NotWritable: it cannot be made.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid == os.getuid() and status.st_mode & 0o077:
+            folder.chmod(0o700)
     except OSError as error:
         raise storage_error(folder, error) from error
 

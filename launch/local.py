@@ -10,6 +10,7 @@ instead of a port, so nothing listens beyond loopback.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from types import FrameType
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 60.0  # between TERM and KILL for the ranks that are left when one has failed
 _STOPPED = 85
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +63,19 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
     ):
         for rank in range(ranks):
             environment = rank_environment(rank, ranks, Path(folder))
-            processes.append(subprocess.Popen(list(command), env=environment))
+            process = subprocess.Popen(
+                list(command),
+                env=environment,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+            )
+            processes.append(process)
         forwarding.repeat()
         return _wait(processes)
+
+
+def _die_with_parent() -> None:
+    """In a rank, before it runs: get SIGTERM when the launcher is gone, however it went."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def rank_environment(rank: int, ranks: int, folder: Path) -> Mapping[str, str]:

@@ -114,7 +114,10 @@ class PrepareSummary:
 
 
 def prepare(
-    source_path: Path, out: Path, options: PrepareOptions, report: Report | None = None
+    source_path: Path,
+    out: Path,
+    options: PrepareOptions = PrepareOptions(),
+    report: Report | None = None,
 ) -> PrepareSummary:
     """Make a data set.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from agrivision.evaluation.confusion import Scores, confusion_matrix, scores
 from agrivision.evaluation.presence import PresenceScores, presence, tile_presence
 from agrivision.model.padding import dense_logits
 from agrivision.model.precision import Precision, autocast
+
+_AGREE_EVERY = 8  # rounds: seconds, where a round takes as long as a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ def evaluate(
         batch_size: tiles in one forward pass.
         threads: decoding threads.
         precision: of the forward pass.
-        stop: asked between batches; once true on any rank, all leave.
+        stop: asked between batches; once true on any rank, all leave within a few batches.
         report: called with the number of tiles that this rank has finished since the last call.
 
     Returns:
@@ -84,30 +87,52 @@ def evaluate(
         threads=threads,
         pinned=device.type == "cuda",
     )
-    trouble: DatasetError | None = None
-    try:
-        for batch in batches:
-            if stop():
-                batches.close()
-                break
+    with closing(batches):
+        for batch in _in_step(batches, -(-len(reader) // batch_size), ranks, stop):
+            if batch is None:
+                return None
             probabilities, labels = _predict(model, batch, normaliser, device, precision)
             matrix += confusion_matrix(probabilities.argmax(1), labels, len(classes)).cpu()
             found, truth = tile_presence(probabilities, labels)
             rows[0, batch.tiles] = found.cpu().double()
             rows[1, batch.tiles] = truth.cpu().double()
             report(batch.count)
-    except DatasetError as error:  # the other ranks wait for the sum
-        trouble = error
-    stopped, unreadable = ranks.largest(int(stop()), int(trouble is not None))
-    if unreadable:
-        raise trouble or DatasetError("another rank could not read its tiles: see its own line")
-    if stopped:
-        return None
     matrix, rows = ranks.sum(matrix), ranks.sum(rows)
     return Evaluation(
         scores=scores(matrix, classes),
         presence=presence(rows[0].float(), rows[1].bool(), classes),
     )
+
+
+def _in_step(
+    batches: Iterator[Batch], total: int, ranks: Ranks, stop: Callable[[], bool]
+) -> Iterator[Batch | None]:
+    """This rank's batches; None, and no more, once a rank was asked to stop.
+
+    Every few rounds, and at the end, the ranks agree: a scheduler's grace is shorter than a long
+    evaluation, and a rank that cannot read its tiles must not leave the others waiting for their sum.
+
+    Raises:
+        DatasetError: this or another rank could not read a record.
+    """
+    rounds = -(-total // ranks.world.size)  # some ranks have one batch less
+    trouble: DatasetError | None = None
+    for number in range(rounds):
+        batch = None
+        if trouble is None:
+            try:
+                batch = next(batches, None)
+            except DatasetError as error:
+                trouble = error
+        if batch is not None:
+            yield batch
+        if number % _AGREE_EVERY == 0 or number == rounds - 1:
+            stopped, unreadable = ranks.largest(int(stop()), int(trouble is not None))
+            if unreadable:
+                raise trouble or DatasetError("another rank could not read its tiles: see its own line")
+            if stopped:
+                yield None
+                return
 
 
 @torch.inference_mode()

@@ -45,6 +45,8 @@ def evaluate_run(
     Raises:
         AgrivisionError: in one line, what is wrong and what to do.
     """
+    if batch_size < 1 or threads < 0:
+        raise BadInput(f"batch_size is {batch_size} and threads {threads}: at least 1 and at least 0")
     world = world or World.from_environment()
     configure_log(world.rank, None)
     device = pick_device(world)
@@ -81,6 +83,10 @@ def _check_fit(trained: TrainedModel, schema: Schema, data: Path) -> None:
         raise BadInput(
             f"{data} has the bands {', '.join(schema.bands)}; the run was trained on"
             f" {', '.join(description.bands)}"
+        )
+    if description.dtype != schema.dtype:
+        raise BadInput(
+            f"{data} holds {schema.dtype} pixels; the run was trained on {description.dtype}"
         )
     if description.classes != schema.classes:
         raise BadInput(

@@ -169,16 +169,19 @@ def open_folder(root: Path, split: str | None, description: Description) -> Fold
     keys: list[str] = []
     for name, (folder, layout) in layouts.items():
         if split in (None, name):
-            keys += _complete_keys(folder / layout.rgb, folder / layout.nir)
+            keys += _complete_keys(layout.images_of(folder))
     return FolderTiles(root=root, splits=None if split is None else (split,), keys=tuple(keys))
 
 
-def _complete_keys(rgb: Path, nir: Path) -> list[str]:
-    require((rgb, nir))
-    keys, problems = pair(SplitFolder(rgb=rgb, nir=nir, valid=(), classes=()))
+def _complete_keys(folder: SplitFolder) -> list[str]:
+    require((folder.rgb, folder.nir))
+    keys, problems = pair(folder)
     serious = [problem for problem in problems if problem.kind != STRAY]
     if serious:
-        raise SourceError(f"{serious[0]} (there are {len(serious)} such tiles)")
+        raise SourceError(
+            f"{serious[0].path} is missing or cannot be paired (there are {len(serious)} such tiles):"
+            " complete the folder first"
+        )
     return keys
 
 

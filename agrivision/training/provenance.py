@@ -78,6 +78,8 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The commit of a checkout that this package runs from, with `-dirty` after changes."""
     folder = Path(agrivision.__file__).parent
+    if not (folder.parent / ".git").exists():  # installed: a repository around it is another one's
+        return None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

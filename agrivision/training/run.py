@@ -78,11 +78,12 @@ def train(
     _check_fit(config, data, world)
     run = RunDirectory(run_dir)
     make_private(run.path)
-    configure_log(world.rank, run.log / f"rank-{world.rank}.log")
+    configure_log(world.rank, None)
     _prepare_kernels(config, world)
     device = pick_device(world)
     try:
         with connected(world, device) as ranks, held(run, ranks):
+            configure_log(world.rank, run.log / f"rank-{world.rank}.log")
             setting = _Setting(config=config, run=run, data=data, ranks=ranks, device=device, stop=stop)
             return _train(setting, resume_with_changes=resume_with_changes)
     except AgrivisionError as error:
@@ -180,14 +181,34 @@ def _check_fit(config: Config, data: _Data, world: World) -> None:
         )
     if config.training.sync_batchnorm and not torch.cuda.is_available():
         raise ConfigurationError("training.sync_batchnorm works on GPUs only, and there is none here")
+    if config.training.sync_batchnorm and config.data.batch_size % world.size:
+        raise ConfigurationError(
+            f"data.batch_size is {config.data.batch_size}: with training.sync_batchnorm the"
+            f" {world.size} ranks must have equal shares"
+        )
+    _try_shapes(config, data, world)
+
+
+def _try_shapes(config: Config, data: _Data, world: World) -> None:
+    """Push the smallest batch that will come through the network, without computing anything."""
+    side, samples = config.data.crop or data.schema.tile, _fewest_samples(config, world)
     model = dataclasses.replace(config.model, encoder_weights=None)
     with torch.device("meta"):
-        probe = build_model(model, len(data.schema.bands), len(data.schema.classes)).eval()
-        images = torch.empty(1, len(data.schema.bands), crop or tile, crop or tile)
+        probe = build_model(model, len(data.schema.bands), len(data.schema.classes))
+        images = torch.empty(samples, len(data.schema.bands), side, side)
         try:
             probe(images)
         except ValueError as error:
-            raise ConfigurationError(f"data.crop is {crop or tile}: {error}") from None
+            raise ConfigurationError(
+                f"data.crop is {side}, with {samples} samples at a time: {error}"
+            ) from None
+
+
+def _fewest_samples(config: Config, world: World) -> int:
+    """The fewest samples that ever go through the network at once."""
+    size, micro = config.data.batch_size, config.training.micro_batch_size
+    shares = (size // world.size, -(-size // world.size))
+    return min(part if micro is None or micro >= part else part % micro or micro for part in shares)
 
 
 def _build_trainer(setting: _Setting, loader: TrainLoader, *, fresh: bool) -> Trainer:
@@ -309,7 +330,8 @@ class _Run:
             or (steps is not None and step.number % steps == 0)
             or (epochs > 0 and self._ends_epoch() and self._epoch % epochs == 0)
         )
-        return due or self._is_last()
+        # What is scored is saved: else the best could be a step that nobody has.
+        return due or self._evaluation_is_due()
 
     def _save(self) -> None:
         """Save on rank 0; all ranks learn whether it worked."""
@@ -338,7 +360,9 @@ class _Run:
             )
         except AgrivisionError as error:
             return error
-        best = best_step(self._run.evaluations())
+        saved = {entry.step for entry in checkpoint.entries(self._run.checkpoints)}
+        scored = self._run.evaluations()
+        best = best_step({step: score for step, score in scored.items() if step in saved})
         keep = () if best is None else (best,)
         checkpoint.tidy(self._run.checkpoints, training.keep_last, keep)
         log.info("step %d saved in %.1f s: %s", progress.step, time.perf_counter() - begin, path.name)
@@ -346,19 +370,24 @@ class _Run:
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate where the configuration wants it; False when it was stopped on the way."""
-        every = self._config.training.evaluate_every_epochs
-        due = every > 0 and self._ends_epoch() and self._epoch % every == 0
         step = self._trainer.progress.step
-        if not (due or self._is_last()) or self._ranks.from_main(step in self._run.evaluations()):
+        if not self._evaluation_is_due() or self._ranks.from_main(step in self._run.evaluations()):
             return True
         begin = time.perf_counter()
         evaluation = self._evaluate()
         if evaluation is None:
             return False
-        self._record.evaluated(step, self._epoch, evaluation, time.perf_counter() - begin)
-        if self._ranks.world.is_main and self._config.monitor.tensorboard:
-            self._record.pictures(step, self._panels())
+        seconds = time.perf_counter() - begin
+        drawn = self._ranks.world.is_main and self._config.monitor.tensorboard
+        panels = self._panels() if drawn else {}  # before anything is written: it takes its time
+        self._record.evaluated(step, self._epoch, evaluation, seconds)
+        self._record.pictures(step, panels)
         return True
+
+    def _evaluation_is_due(self) -> bool:
+        every = self._config.training.evaluate_every_epochs
+        due = every > 0 and self._ends_epoch() and self._epoch % every == 0
+        return due or self._is_last()
 
     def _evaluate(self) -> Evaluation | None:
         model = self._trainer.evaluated

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agrivision import checkpoint
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.errors import ExitCode
+from agrivision.rundir import RunDirectory, best_step
 from tests.ranks import Disturbance, Moment, run
 from tests.training.runs import arguments, assert_same, last_bits, samples
 
@@ -167,3 +169,27 @@ def test_sgd_and_accumulation_resume_too(dataset: Path, tmp_path: Path) -> None:
     run(command, 2, disturbance=Disturbance(signal.SIGTERM, "forward", count=20))
     go_on_until_done(command, 2)
     assert_same(broken, whole)
+
+
+def test_a_stop_on_one_rank_ends_an_evaluation_on_both(
+    dataset: Path, tmp_path: Path, undisturbed
+) -> None:
+    command = arguments(dataset, tmp_path, evaluation__batch_size=1)
+    stop = Disturbance(signal.SIGTERM, "evaluating", count=1, rank=1)
+    assert run(command, 2, disturbance=stop) == [ExitCode.STOPPED] * 2
+    go_on_until_done(command, 2)
+    assert last_bits(tmp_path) == last_bits(undisturbed(2, "fp32"))
+
+
+def test_what_is_scored_is_saved_and_the_best_is_kept(dataset: Path, tmp_path: Path) -> None:
+    changes = {
+        "training__checkpoint_every_epochs": 2,
+        "training__checkpoint_every_steps": 1000,
+        "training__keep_last": 1,
+    }
+    go_on_until_done(arguments(dataset, tmp_path, **changes), 1)
+    directory = RunDirectory(tmp_path)
+    scores = directory.evaluations()
+    assert len(scores) == 3
+    kept = {entry.step for entry in checkpoint.entries(directory.checkpoints)}
+    assert kept == {best_step(scores), max(scores)}

@@ -30,7 +30,6 @@ from agrivision.data.sources.layouts import (
     field_of,
     find_edition,
     find_layouts,
-    has_images,
     open_split,
     pair,
     require,
@@ -204,11 +203,8 @@ def iterate_images(
     for name, (folder, layout) in layouts.items():
         if splits is not None and name not in splits:
             continue
-        images = folder / layout.rgb, folder / layout.nir
-        require(images)
-        valid = [folder / layout.boundaries, folder / layout.masks]
-        present = tuple(path for path in valid if has_images(path, ".png"))
-        yield from _iterate(SplitFolder(rgb=images[0], nir=images[1], valid=present, classes=()))
+        require((folder / layout.rgb, folder / layout.nir))
+        yield from _iterate(layout.images_of(folder))
 
 
 def _iterate(

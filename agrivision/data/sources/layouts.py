@@ -75,6 +75,12 @@ class Layout:
     masks: str
     labels: str
 
+    def images_of(self, folder: Path) -> SplitFolder:
+        """The images of a split's folder and the masks of validity that are there, without labels."""
+        valid = (folder / self.boundaries, folder / self.masks)
+        present = tuple(path for path in valid if has_images(path, ".png"))
+        return SplitFolder(rgb=folder / self.rgb, nir=folder / self.nir, valid=present, classes=())
+
 
 LAYOUTS = (
     Layout(rgb="images/rgb", nir="images/nir", boundaries="boundaries", masks="masks", labels="labels"),
