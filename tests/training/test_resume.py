@@ -186,7 +186,7 @@ def test_what_is_scored_is_saved_and_the_best_is_kept(dataset: Path, tmp_path: P
         "training__checkpoint_every_epochs": 2,
         "training__checkpoint_every_steps": 1000,
         "training__keep_last": 1,
-        # Weights that stay as they are score the same each time, and the earliest of equals is the best.
+        # Weights that never change score the same each time, and the earliest of equals is the best.
         "optimizer__lr": 1e-30,
         "optimizer__weight_decay": 0,
         "model__norm": "none",
