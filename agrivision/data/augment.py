@@ -56,8 +56,8 @@ class Draw:
     Attributes:
         mirror: flip left and right.
         turns: quarter turns, counter-clockwise, after the flip.
-        row: upper edge of the crop, 0 … 1 of the room there is.
-        column: left edge of the crop, 0 … 1 of the room there is.
+        row: decides the upper edge of the crop, 0 … 1; see `_offset`.
+        column: decides the left edge of the crop, 0 … 1.
         scale: factor by which the sample is enlarged.
         angle: degrees by which it is turned.
         shift: added to the normalised bands.
@@ -146,9 +146,8 @@ class Augment:
         side = self._side(images.shape[-1])
         cut = images.new_empty((len(draws), images.shape[1], side, side))
         bits = labels.new_empty((len(draws), side, side))
-        room = images.shape[-1] - side
         for sample, one in enumerate(draws):
-            top, left = _offset(one.row, room), _offset(one.column, room)
+            top, left = (_offset(place, images.shape[-1], side) for place in (one.row, one.column))
             window = (..., slice(top, top + side), slice(left, left + side))
             cut[sample] = _symmetry(images[sample][window], one)
             bits[sample] = _symmetry(labels[sample][window], one)
@@ -173,8 +172,16 @@ class Augment:
         return cut, bits.squeeze(1).to(torch.int32)
 
 
-def _offset(share: float, room: int) -> int:
-    return min(int(share * (room + 1)), room)
+def _offset(share: float, tile_side: int, side: int) -> int:
+    """Where a crop begins, from a number drawn between 0 and 1.
+
+    Drawn from half a crop beyond both ends and moved in: pixels along the edge of a tile are in few of
+    the places that a crop can have, and would hardly be seen.
+    """
+    room = tile_side - side
+    beyond = min(room, side) // 2
+    place = int(share * (room + 2 * beyond + 1)) - beyond
+    return min(max(place, 0), room)
 
 
 def _symmetry(pixels: torch.Tensor, one: Draw) -> torch.Tensor:
@@ -202,6 +209,7 @@ def _matrix(one: Draw, tile_side: int, side: int) -> np.ndarray[tuple[int, ...],
     rotate = np.array([[cos, -sin], [sin, cos]])
     mirror = np.diag([-1.0 if one.mirror else 1.0, 1.0])
     room = tile_side - side
-    centre = [(2 * _offset(share, room) - room) / tile_side for share in (one.column, one.row)]
+    offsets = [_offset(share, tile_side, side) for share in (one.column, one.row)]
+    centre = [(2 * offset - room) / tile_side for offset in offsets]
     linear = mirror @ rotate * (side / tile_side / one.scale)
     return np.concatenate([linear, np.array(centre)[:, None]], axis=1)

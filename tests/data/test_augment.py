@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agrivision.config import AugmentConfig
-from agrivision.data.augment import Augment, Draw, Normaliser, draw
+from agrivision.data.augment import Augment, Draw, Normaliser, _offset, draw
 from agrivision.data.labels import VALID_BIT
 from agrivision.data.loader import evaluation_batches
 from agrivision.data.schema import Schema
@@ -44,9 +44,15 @@ def position_of(labels: torch.Tensor, side: int) -> torch.Tensor:
     return torch.stack([numbers % side, numbers // side], dim=1).to(torch.float32)
 
 
+def begin(share: float, side: int, crop: int) -> int:
+    """Where a crop begins: drawn from half a crop beyond both ends, and moved in."""
+    beyond = min(side - crop, crop) // 2
+    place = math.floor(share * (side - crop + 2 * beyond + 1)) - beyond
+    return int(np.clip(place, 0, side - crop))
+
+
 def reference(image: NDArray[np.float32], one: Draw, crop: int) -> NDArray[np.float32]:
-    room = image.shape[-1] - crop
-    top, left = (min(math.floor(share * (room + 1)), room) for share in (one.row, one.column))
+    top, left = (begin(share, image.shape[-1], crop) for share in (one.row, one.column))
     cut = image[..., top : top + crop, left : left + crop]
     if one.mirror:
         cut = cut[..., ::-1]
@@ -108,8 +114,7 @@ def test_a_warp_by_nothing_is_the_exact_path(
 
 def where_from(one: Draw, side: int, crop: int) -> NDArray[np.float64]:
     """Column and row (of pixel centres) that each pixel of the result was taken from, by geometry."""
-    room = side - crop
-    left, top = (min(int(share * (room + 1)), room) for share in (one.column, one.row))
+    left, top = (begin(share, side, crop) for share in (one.column, one.row))
     rows, columns = np.mgrid[:crop, :crop]
     centre = (crop - 1) / 2
     right, up = (columns - centre) / one.scale, (centre - rows) / one.scale
@@ -157,15 +162,30 @@ def test_what_a_warp_moves_in_is_the_mean() -> None:
     assert (changed[deep] == 0).all()
 
 
-def test_all_symmetries_and_offsets_come_equally_often() -> None:
+def test_symmetries_come_equally_often_and_offsets_more_often_at_the_edges() -> None:
     samples, side, crop = 5_120, 6, 3
     changed, _ = augment(AugmentConfig(), crop)(*positions(samples, side), 0, list(range(samples)))
-    counts = Counter(one.tobytes() for one in changed.contiguous().numpy())
-    kinds = 8 * (side - crop + 1) ** 2
-    assert len(counts) == kinds
-    expected = samples / kinds
-    chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
+    crops = changed.contiguous().numpy()
+    # A crop of 3 in 6 pixels begins at 0 … 3, drawn from -1 … 4 and moved in.
+    share = {0: 2 / 6, 1: 1 / 6, 2: 1 / 6, 3: 2 / 6}
+    counts = Counter((*one.min(axis=(1, 2)).astype(int).tolist(), one.tobytes()) for one in crops)
+    assert len(counts) == 8 * len(share) ** 2
+    chi_squared = 0.0
+    for (left, top, _), count in counts.items():
+        expected = samples / 8 * share[left] * share[top]
+        chi_squared += (count - expected) ** 2 / expected
     assert chi_squared < 195  # 127 degrees of freedom: p = 1e-4
+
+
+@pytest.mark.parametrize(("side", "crop"), [(256, 128), (512, 384), (64, 32), (100, 99)])
+def test_a_crop_reaches_the_edges_of_its_tile_often(side: int, crop: int) -> None:
+    offsets = np.array([_offset(share, side, crop) for share in np.linspace(0, 1, 4001)[:-1]])
+    assert offsets.min() == 0 and offsets.max() == side - crop
+    cover = np.zeros(side)
+    for offset in offsets:
+        cover[offset : offset + crop] += 1 / len(offsets)
+    assert cover[0] > 0.2 and cover[-1] > 0.2  # drawn evenly, it would be 1 / (side - crop + 1)
+    assert np.abs(cover - cover[::-1]).max() < 0.02
 
 
 EVERYTHING = AugmentConfig(scale=0.3, rotate=20, brightness=0.2, contrast=0.3, band_gain=0.1)
