@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import resource
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from agrivision.inference.scenes import count_windows
 from agrivision.inference.trained import TrainedModel
 from agrivision.inference.windows import Scene, Tiling, look, read_window
 from agrivision.monitor.pictures import PALETTE
+from tests.disks import fill, small_disk
 from tests.inference.small import BANDS, CLASSES, TRANSFORM, smooth, trained_model, write_scene
 
 NAIP = Path(__file__).parents[2] / ".." / "shared" / "naip" / "scenes"
@@ -515,30 +513,18 @@ def test_options_that_make_no_sense(changes: dict[str, int]) -> None:
         PredictOptions(**changes)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may become longer than 2 kB, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_a_full_disk_leaves_the_old_map(
-    trained: TrainedModel,
-    generator: np.random.Generator,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+    trained: TrainedModel, generator: np.random.Generator, tmp_path: Path
 ) -> None:
     path = write_scene(tmp_path / "s.tif", smooth(generator, 300, 300))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "s.tif").write_bytes(b"old")
-    request.getfixturevalue("small_files")
-    with pytest.raises(StorageError, match=r"cannot write .*s\.tif"):
-        predict(trained, [path], tmp_path / "out", SMALL)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {"s.tif": b"old"}
+    with small_disk(tmp_path / "disk") as disk:
+        out = disk / "out"
+        out.mkdir()
+        (out / "s.tif").write_bytes(b"old")
+        fill(disk, leave=0)
+        with pytest.raises(StorageError, match=r"cannot write .*s\.tif"):
+            predict(trained, [path], out, SMALL)
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == {"s.tif": b"old"}
 
 
 def test_a_place_that_cannot_be_written(
