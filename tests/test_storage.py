@@ -136,12 +136,13 @@ def test_a_private_folder_is_its_owners_alone(tmp_path: Path, mask: int) -> None
     assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
 
 
-def test_an_existing_folder_is_left_as_it_is(tmp_path: Path) -> None:
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    folder.chmod(0o770)
+def test_an_existing_folder_of_ours_becomes_private(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o770)
+    (folder / "file").write_text("stays")
     make_private(folder)
-    assert folder.stat().st_mode & 0o777 == 0o770
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "file").read_text() == "stays"
 
 
 @pytest.mark.parametrize("below", ["file", "file/below"])

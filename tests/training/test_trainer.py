@@ -100,7 +100,7 @@ def test_gradients_and_losses_are_those_of_one_rank(
             for name in wanted:
                 size = np.abs(wanted[name]).max()
                 assert size > 0 or "bias" in name
-                np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=2e-5 * size + 1e-8)
+                np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-4 * size + 1e-8)
     logged = [[row for row in metrics(run) if row["kind"] == "training"] for run in (alone, many)]
     assert [len(rows) for rows in logged] == [5, 5]
     for theirs, mine in zip(*logged, strict=True):
@@ -254,13 +254,18 @@ def test_saves_when_the_minutes_have_passed(ranks: int, dataset: Path, tmp_path:
     assert steps_saved(tmp_path) == [2, 4, 6]
 
 
+UNSCORED = {"evaluate_every_epochs": 0}
+
+
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [
         ({"checkpoint_every_steps": "null"}, [6, 12, 18]),
-        ({"checkpoint_every_steps": "null", "checkpoint_every_epochs": 2}, [12, 18]),
-        ({"checkpoint_every_steps": "null", "checkpoint_every_epochs": 0}, [18]),
-        ({"checkpoint_every_steps": 4, "checkpoint_every_epochs": 0}, [4, 8, 12, 16, 18]),
+        ({"checkpoint_every_steps": "null", "checkpoint_every_epochs": 2} | UNSCORED, [12, 18]),
+        ({"checkpoint_every_steps": "null", "checkpoint_every_epochs": 0} | UNSCORED, [18]),
+        ({"checkpoint_every_steps": 4, "checkpoint_every_epochs": 0} | UNSCORED, [4, 8, 12, 16, 18]),
+        # What is scored is saved, whatever else is due.
+        ({"checkpoint_every_steps": "null", "checkpoint_every_epochs": 0}, [6, 12, 18]),
         ({"checkpoint_every_steps": 4, "keep_last": 2, "evaluate_every_epochs": 0}, [16, 18]),
         ({"keep_last": 1, "keep_every": 2, "evaluate_every_epochs": 0}, [12, 18]),
         ({"max_steps": 7}, [5, 6, 7]),
@@ -304,7 +309,7 @@ def test_the_best_checkpoint_is_kept(dataset: Path, tmp_path: Path) -> None:
 def test_other_networks_learn_and_resume(
     changes: dict[str, object], dataset: Path, tmp_path: Path
 ) -> None:
-    options = PLAIN | {"training__epochs": 2, "optimizer__lr": 0.01, "model__dropout": 0} | changes
+    options = PLAIN | {"training__epochs": 4, "optimizer__lr": 0.01, "model__dropout": 0} | changes
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(arguments(dataset, whole, **options)) == [0]
     command = arguments(dataset, broken, **options)
