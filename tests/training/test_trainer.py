@@ -37,6 +37,7 @@ PLAIN = {"training__ema_decay": 0, "monitor__tensorboard": "false", "monitor__im
 GRADIENTS = PLAIN | {
     "data__batch_size": 7,
     "model__dropout": 0,
+    "seed": 2,
     "optimizer__name": "sgd",
     "optimizer__lr": 1e-12,  # the weights stay what they are, so that every step can be compared
     "optimizer__clip_norm": "null",
@@ -100,7 +101,10 @@ def test_gradients_and_losses_are_those_of_one_rank(
             for name in wanted:
                 size = np.abs(wanted[name]).max()
                 assert size > 0 or "bias" in name
-                np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-4 * size + 1e-8)
+                # Sums in another order tip a pixel over a ReLU's or a pool's edge at times; a sample
+                # with a wrong weight would be off by a seventh.
+                bound = 5e-3 * size + 1e-8
+                np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=bound)
     logged = [[row for row in metrics(run) if row["kind"] == "training"] for run in (alone, many)]
     assert [len(rows) for rows in logged] == [5, 5]
     for theirs, mine in zip(*logged, strict=True):
