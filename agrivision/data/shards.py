@@ -5,7 +5,7 @@
 begin and how long they are, an XXH3-64 checksum over their bytes, and the tile's valid pixels by
 class. Any tile is one `pread` away, and every read compares the checksum.
 
-Records are read with `pread` rather than through a memory map: the copy costs 1 % of the decoding,
+Records are read with `pread` rather than through a memory map: the copy costs little beside decoding,
 and a file that is truncated while it is read gives an error instead of killing the process (SIGBUS).
 """
 
