@@ -50,9 +50,10 @@ GRADIENTS = PLAIN | {
 def keep_gradients(folder: Path, rank: int) -> None:
     """Write the gradients of each step, as they are when all ranks have added theirs.
 
-    The network is in float64, the loss is not. In float32 a sum in another order now and then tips a pixel
-    over an edge of a ReLU or a pool, which moves an entry by some thousandths and would hide a wrong
-    weight as small as that.
+    The network is in float64, the loss is not. In float32 a sum in another order now and then tips a
+    pixel over an edge of a ReLU or a pool, which moves an entry by some thousandths and would hide a
+    wrong weight as small as that.
+    """
     original, begin, change = Trainer._finish, Trainer.__init__, Normaliser.__call__
 
     def begin_in_double(
