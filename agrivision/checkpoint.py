@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ import xxhash
 from safetensors import SafetensorError
 
 from agrivision.errors import AgrivisionError, CheckpointError
+from agrivision.rundir import checkpoint_step
 from agrivision.storage import make_private, remove_tree, storage_error, sync_folder, sync_tree
 
 FORMAT = "agrivision-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{9,})")
 
 State = Mapping[str, Any]
 """Flat: names → tensors or JSON values."""
@@ -80,6 +79,7 @@ def save(
     step: int,
     epoch: int,
     milestone: bool = False,
+    allowed: Callable[[], None] = lambda: None,
 ) -> Path:
     """Save the states of one step; an existing checkpoint of the step is left as it is.
 
@@ -89,14 +89,18 @@ def save(
         step: optimiser steps done.
         epoch: whole epochs done.
         milestone: keep it for good.
+        allowed: raises where another attempt has taken over the run; asked before anything is written,
+            and again before it gets its name.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
+        Whatever `allowed` raises.
         StorageError, NotWritable: the disk refused; nothing that was there is touched.
     """
     final = folder / f"step-{step:09d}"
+    allowed()
     make_private(folder)
     if (final / MANIFEST).is_file():
         return final
@@ -115,6 +119,7 @@ def save(
             (beside / name).write_bytes(content)
         (beside / MANIFEST).write_bytes(_manifest(about, files))
         sync_tree(beside)
+        allowed()
         beside.rename(final)
         sync_folder(folder)
     except OSError as error:
@@ -231,7 +236,7 @@ def folders(folder: Path) -> list[Path]:
     """All checkpoints of a run by name, oldest first, looked at no further."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if checkpoint_step(path) is not None]
     return sorted(found, key=lambda path: (len(path.name), path.name))  # more digits, more steps
 
 
@@ -280,8 +285,8 @@ def set_aside(folder: Path, after_step: int) -> None:
         StorageError, NotWritable: the disk refused.
     """
     for path in folders(folder):
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) > after_step:
+        step = checkpoint_step(path)
+        if step is not None and step > after_step:
             aside = path.with_name(f"damaged-{path.name}")
             try:
                 if aside.exists():

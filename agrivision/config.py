@@ -33,6 +33,10 @@ def _at_least(key: str, value: float, least: float) -> None:
     _require(math.isfinite(value) and value >= least, key, value, f"at least {least}")
 
 
+def _is_stage(text: str | None) -> bool:
+    return text in (None, "auto") or (text.startswith(("/", "$")) and text.isprintable())
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which data, and how it reaches the device.
@@ -45,6 +49,9 @@ class DataConfig:
         prefetch: batches decoded ahead of the step by each rank.
         train_split: split to train on.
         val_split: split to evaluate on.
+        stage: copy the two splits to the node's own disk first: `auto` ($SLURM_TMPDIR, else $TMPDIR
+            where that is a disk of the node), or an absolute path, in which $NAME is expanded. null
+            reads them where they are.
     """
 
     path: str = ""
@@ -54,12 +61,14 @@ class DataConfig:
     prefetch: int = 2
     train_split: str = "train"
     val_split: str = "val"
+    stage: str | None = None
 
     def __post_init__(self) -> None:
         _at_least("data.batch_size", self.batch_size, 1)
         _require(self.crop is None or self.crop >= 1, "data.crop", self.crop, "at least 1, or null")
         _at_least("data.threads", self.threads, 0)
         _at_least("data.prefetch", self.prefetch, 1)
+        _require(_is_stage(self.stage), "data.stage", self.stage, "null, auto or an absolute path")
 
 
 @dataclass(frozen=True, kw_only=True)

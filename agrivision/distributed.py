@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from agrivision.errors import ConfigurationError, PeerLost
+from agrivision.rendezvous import meeting, publish_folder
 from agrivision.world import World
 
 _TIMEOUT = timedelta(minutes=30)  # a rank may wait that long for another one's evaluation or save
@@ -109,31 +112,50 @@ class Ranks:
 
 
 @contextmanager
-def connected(world: World, device: torch.device) -> Iterator[Ranks]:
+def connected(
+    world: World,
+    device: torch.device,
+    folder: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Ranks]:
     """The ranks of a run, connected while the block runs.
+
+    Args:
+        world: this rank among them.
+        device: of this rank.
+        folder: that all nodes see, where the ranks of a Slurm step meet; None: the job's own, and
+            without one an address and a port that every rank computes.
+        stop: whether this rank was asked to stop, looked at while it waits for the others.
 
     Raises:
         PeerLost: the ranks did not find one another.
+        ConfigurationError: ranks would share a GPU.
+        Interrupted: asked to stop while waiting.
     """
     if world.size == 1:
         yield Ranks(world)
         return
-    if world.local_size == world.size:
-        # All on one node: nothing has to listen on an interface that others reach.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with peers_may_fail():
-        dist.init_process_group(
-            backend,
-            init_method=world.rendezvous,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=_TIMEOUT,
-        )
-    try:
+    with ExitStack() as stack:
+        place = publish_folder(world, folder)
+        how: dict[str, Any] = {"init_method": world.rendezvous}
+        with peers_may_fail():
+            if world.launcher == "slurm" and place is not None:
+                store = stack.enter_context(meeting(world, place, _identity(device), stop))
+                how = {"store": PrefixStore("group", store)}
+            elif world.one_node:
+                # Nothing has to listen on an interface that others reach.
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            dist.init_process_group(
+                backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT, **how
+            )
+        stack.callback(dist.destroy_process_group)
         yield Ranks(world)
-    finally:
-        dist.destroy_process_group()
+
+
+def _identity(device: torch.device) -> str:
+    """Names a GPU among those of its node, however few of them this process sees."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 @contextmanager

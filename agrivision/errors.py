@@ -64,6 +64,16 @@ class PeerLost(AgrivisionError):
     """Another rank of the run failed or disappeared."""
 
 
+class Superseded(AgrivisionError):
+    """Another attempt goes on with the run: this one may not write any more."""
+
+
+class Interrupted(AgrivisionError):
+    """Asked to stop before there was anything to save; the same command goes on."""
+
+    exit_code = ExitCode.STOPPED
+
+
 class Diverged(AgrivisionError):
     """The loss was not finite too often in a row: the same run would do it again."""
 

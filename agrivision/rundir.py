@@ -7,14 +7,22 @@ import fcntl
 import json
 import logging
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from agrivision.errors import RunMismatch
+from agrivision.fence import Fence, Owner, read_owner
 from agrivision.storage import make_private, storage_error
+from agrivision.world import World
 
+# How long an attempt that Slurm has given up may take to notice; then the run goes on without its lock.
+_HANDOVER_SECONDS = 20.0
+_POLL_SECONDS = 0.2
+_CHECKPOINT = re.compile(r"step-(\d{9,})")
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 log = logging.getLogger(__name__)
@@ -60,6 +68,11 @@ class RunDirectory:
         """Folder of the ranks' logs and lists of samples."""
         return self.path / "log"
 
+    def latest_step(self) -> int:
+        """The step of the newest checkpoint by name, whole or not; 0 where there is none."""
+        steps = map(checkpoint_step, self.checkpoints.glob("step-*"))
+        return max((step for step in steps if step is not None), default=0)
+
     def evaluations(self) -> dict[int, float | None]:
         """The mIoU by step of all evaluations; torn or foreign rows are passed over."""
         try:
@@ -77,12 +90,21 @@ class RunDirectory:
                 continue
         return found
 
+    @property
+    def attempt(self) -> Path:
+        """Who may write here."""
+        return self.path / "attempt.json"
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def held(self, world: World) -> Iterator[Fence]:
         """Hold the directory against a second run that would write the same files.
 
         The lock goes with the process, however it ends. Where the file system knows no locks (Lustre
-        without `-o flock`, NFS without its lock service), a warning is all there is.
+        without `-o flock`, NFS without its lock service), a warning is all there is. An older attempt
+        of the same job, on a node that Slurm has lost, may still have it: it is fenced off.
+
+        Args:
+            world: this attempt.
 
         Raises:
             RunMismatch: another process holds it.
@@ -95,24 +117,56 @@ class RunDirectory:
         except OSError as error:
             raise storage_error(path, error) from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunMismatch(
-                    f"{self.path} is in use by another run: wait for it, or choose another --run_dir"
-                ) from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise storage_error(path, error) from error
-                log.warning(
-                    "%s: this file system has no locks (%s), so a second run in the same directory"
-                    " would not be noticed",
-                    path,
-                    error.strerror,
-                )
-            yield
+            owner = Owner.of(world)
+            if self._lock(descriptor, path):
+                yield Fence.raise_around(self.attempt, owner)
+            else:
+                yield self._take_over(descriptor, path, owner, world.earlier_jobs)
         finally:
             os.close(descriptor)
+
+    def _lock(self, descriptor: int, path: Path) -> bool:
+        """Take the lock; False where somebody else has it."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise storage_error(path, error) from error
+            log.warning(
+                "%s: this file system has no locks (%s), so a second run in the same directory"
+                " would not be noticed",
+                path,
+                error.strerror,
+            )
+        return True
+
+    def _take_over(
+        self, descriptor: int, path: Path, owner: Owner, earlier_jobs: tuple[str, ...]
+    ) -> Fence:
+        holder = read_owner(self.attempt)
+        if holder is None or not owner.follows(holder, earlier_jobs):
+            raise RunMismatch(
+                f"{self.path} is in use by another run: wait for it, or choose another --run_dir"
+            )
+        log.warning(
+            "an earlier attempt (process %d on %s) still runs, though its job has ended: it can write"
+            " no more",
+            holder.pid,
+            holder.host,
+        )
+        fence = Fence.raise_around(self.attempt, owner)
+        end = time.monotonic() + _HANDOVER_SECONDS
+        while not self._lock(descriptor, path) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        return fence
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None where it is no such name."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def best_step(scores: Mapping[int, float | None]) -> int | None:

@@ -54,6 +54,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def detach(path: Path) -> None:
+    """Make a file anew with the same content, so that whoever still has it open writes to the old one.
+
+    Raises:
+        StorageError, NotWritable: the disk refused.
+    """
+    try:
+        with path.open("rb") as old, replacing(path) as new:
+            shutil.copyfileobj(old, new)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut, as fsync does for the bytes of a file."""
     descriptor = os.open(folder, os.O_RDONLY)

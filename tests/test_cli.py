@@ -40,11 +40,11 @@ def brief(dataset: Path, run_dir: Path, **overrides: object) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """All files but the log, into which every attempt writes."""
+    """All files but those into which every attempt writes: the log, and who holds the directory."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".log"
+        if path.is_file() and path.suffix != ".log" and path.name != "attempt.json"
     }
 
 

@@ -74,7 +74,7 @@ def test_first_host(nodes: str, first: str) -> None:
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK"),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "rank 2"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE"),
-        (slurm(SLURM_STEP_TASKS_PER_NODE="two"), "SLURM_STEP_TASKS_PER_NODE"),
+        (slurm(SLURM_STEP_TASKS_PER_NODE="two"), "tasks by node reads 'two'"),
     ],
 )
 def test_wrong_variables_are_named(environment: dict[str, str], named: str) -> None:

@@ -30,7 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from agrivision.errors import AgrivisionError
 from agrivision.monitor.pictures import Picture, encode_png
-from agrivision.storage import replacing, storage_error
+from agrivision.storage import detach, replacing, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class TensorBoard:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             keep_events(folder, resume_step or -1)
+            for path in _event_files(folder)[-1:]:
+                detach(path)  # an attempt on a node that Slurm has lost may still have it open
             self._file = _new_file(folder).open("xb")
         except (OSError, AgrivisionError) as error:
             self._give_up(error)

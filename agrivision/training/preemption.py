@@ -1,10 +1,10 @@
 """Signals set a flag; the loop looks at it between two steps.
 
 Slurm sends SIGTERM before it preempts or at the time limit, and the signal asked for with `--signal`
-(here SIGUSR1); a person sends SIGINT. Saving inside of a handler would meet half-updated weights, and
-ranks hear of it at different moments, so the handler only remembers, and the ranks agree at the next
-step. This module must not import torch: the handlers are installed before torch is, since a signal
-without a handler ends the process.
+(here SIGUSR1; SIGUSR2 is submitit's own); a person sends SIGINT. Saving inside of a handler would meet
+half-updated weights, and ranks hear of it at different moments, so the handler only remembers, and the
+ranks agree at the next step. This module must not import torch: the handlers are installed before
+torch is, since a signal without a handler ends the process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:

@@ -21,7 +21,7 @@ from agrivision.monitor.pictures import Picture
 from agrivision.monitor.progress import Progress, progress
 from agrivision.monitor.tensorboard import TensorBoard
 from agrivision.rundir import RunDirectory
-from agrivision.storage import make_private
+from agrivision.storage import detach, make_private
 from agrivision.world import World
 
 
@@ -200,11 +200,12 @@ def _memory_gib() -> float:
 def forget_after(run: RunDirectory, step: int) -> None:
     """Remove what an interrupted attempt wrote about steps after `step`; rank 0 does it for all.
 
-    Also for ranks that do not exist any more: a run may go on with fewer.
+    Also for ranks that do not exist any more: a run may go on with fewer. And the files are made anew:
+    ranks on a node that Slurm has lost may still have them open.
 
     Raises:
         StorageError, NotWritable: the disk refused.
     """
-    keep_steps(run.metrics, step)
-    for path in sorted(run.log.glob("samples-*.jsonl")):
+    for path in (run.metrics, *sorted(run.log.glob("samples-*.jsonl"))):
         keep_steps(path, step)
+        detach(path)

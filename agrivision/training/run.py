@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from agrivision.data.loader import TrainLoader
 from agrivision.data.order import Order
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
+from agrivision.data.staging import StagedSplit, stage
 from agrivision.distributed import Ranks, connected, pick_device
 from agrivision.errors import (
     AgrivisionError,
@@ -82,9 +84,21 @@ def train(
     _prepare_kernels(config, world)
     device = pick_device(world)
     try:
-        with connected(world, device) as ranks, held(run, ranks):
+        with (
+            connected(world, device, run.path, lambda: stop.made) as ranks,
+            held(run, ranks) as still_ours,
+        ):
             configure_log(world.rank, run.log / f"rank-{world.rank}.log")
-            setting = _Setting(config=config, run=run, data=data, ranks=ranks, device=device, stop=stop)
+            data = _stage_data(config, data, world, stop)
+            setting = _Setting(
+                config=config,
+                run=run,
+                data=data,
+                ranks=ranks,
+                device=device,
+                stop=stop,
+                still_ours=still_ours,
+            )
             return _train(setting, resume_with_changes=resume_with_changes)
     except AgrivisionError as error:
         log.debug("leaving with %d: %s", error.exit_code, error)  # into the rank's log file
@@ -121,6 +135,7 @@ class _Setting:
     ranks: Ranks
     device: torch.device
     stop: StopRequest
+    still_ours: Callable[[], None]
 
 
 def _train(setting: _Setting, *, resume_with_changes: bool) -> ExitCode:
@@ -167,6 +182,25 @@ def _open_data(config: Config) -> _Data:
         train=SplitReader(folder, schema, config.data.train_split),
         val=SplitReader(folder, schema, config.data.val_split),
     )
+
+
+def _stage_data(config: Config, data: _Data, world: World, stop: StopRequest) -> _Data:
+    """The same data, read from this node's own disk where that is wanted and possible."""
+    if config.data.stage is None:
+        return data
+    folder, splits = Path(config.data.path), (config.data.train_split, config.data.val_split)
+    copy = stage(
+        folder,
+        data.schema,
+        splits,
+        config.data.stage,
+        stop=lambda: stop.made,
+        speaks=world.local_rank == 0,
+    )
+    if copy is None:
+        return data
+    train, val = (StagedSplit(copy, folder, data.schema, split) for split in splits)
+    return dataclasses.replace(data, train=train, val=val)
 
 
 def _check_fit(config: Config, data: _Data, world: World) -> None:
@@ -248,6 +282,7 @@ def _total_steps(config: Config, order: Order, progress: Progress) -> int:
 
 
 def _write_about(setting: _Setting, step: int) -> None:
+    setting.still_ours()
     config, run, ranks, device = setting.config, setting.run, setting.ranks, setting.device
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     write_atomically(run.config, text.encode())
@@ -262,6 +297,8 @@ def _write_about(setting: _Setting, step: int) -> None:
 class _Run:
     """What happens between the steps: log, evaluate, save, leave."""
 
+    _MARGIN = 1.5  # the next step and the next save may be slower than any before
+
     def __init__(
         self, setting: _Setting, loader: TrainLoader, trainer: Trainer, record: Record
     ) -> None:
@@ -272,6 +309,9 @@ class _Run:
             self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None
         )
         self._saved_step = trainer.progress.step if trainer.progress.step else -1
+        self._still_ours = setting.still_ours
+        self._warning_seconds = setting.ranks.world.signal_seconds
+        self._slowest_step = 0.0
 
     def go(self) -> ExitCode:
         """Train to the end, or until somebody asks to stop."""
@@ -279,7 +319,9 @@ class _Run:
         self._record.text("config", f"```yaml\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```")
         if progress.step and not self._evaluate_if_due():  # the attempt before may have missed it
             return self._leave()
+        since = time.perf_counter()
         for step in self._trainer.steps(self._stop, self._clock):
+            self._slowest_step = max(self._slowest_step, time.perf_counter() - since)
             self._write(step)
             if progress.nonfinite >= config.training.max_nonfinite_steps:
                 raise Diverged(
@@ -292,6 +334,7 @@ class _Run:
                 raise self._unreadable()
             if step.stop or not self._evaluate_if_due():
                 return self._leave()
+            since = time.perf_counter()
         if self._saved_step != progress.step:
             self._save()
         log.info("done after %d steps; results in %s", progress.step, self._run.path)
@@ -357,6 +400,7 @@ class _Run:
                 step=progress.step,
                 epoch=self._epoch,
                 milestone=milestone,
+                allowed=self._still_ours,
             )
         except AgrivisionError as error:
             return error
@@ -365,8 +409,24 @@ class _Run:
         best = best_step({step: score for step, score in scored.items() if step in saved})
         keep = () if best is None else (best,)
         checkpoint.tidy(self._run.checkpoints, training.keep_last, keep)
-        log.info("step %d saved in %.1f s: %s", progress.step, time.perf_counter() - begin, path.name)
+        seconds = time.perf_counter() - begin
+        log.info("step %d saved in %.1f s: %s", progress.step, seconds, path.name)
+        self._check_warning(seconds)
         return None
+
+    def _check_warning(self, save_seconds: float) -> None:
+        """Say, once, if the job's warning before its end leaves no time for a step and a save."""
+        needed = self._MARGIN * (self._slowest_step + save_seconds)
+        if 0 < self._warning_seconds < needed:
+            log.warning(
+                "the job is warned %d s before its time limit, but a step (%.1f s) and a save (%.1f s)"
+                " may take longer: ask for --signal=USR1@%d or more",
+                self._warning_seconds,
+                self._slowest_step,
+                save_seconds,
+                math.ceil(2 * needed),
+            )
+            self._warning_seconds = 0
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate where the configuration wants it; False when it was stopped on the way."""

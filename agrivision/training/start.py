@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ _FREE_KEYS = (
     "data.path",
     "data.threads",
     "data.prefetch",
+    "data.stage",
     "monitor.",
     "training.keep_",
     "training.checkpoint_every_",
@@ -36,21 +37,29 @@ _FREE_KEYS = (
 
 
 @contextmanager
-def held(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
+def held(run: RunDirectory, ranks: Ranks) -> Iterator[Callable[[], None]]:
     """The run directory, held by rank 0 for all while the block runs.
+
+    Yields:
+        A check that raises Superseded where a later attempt has taken the directory over; ranks other
+        than 0, which write nothing that counts, have nothing to check.
 
     Raises:
         AgrivisionError: it cannot be had; all ranks leave with the same exit code.
     """
     with ExitStack() as stack:
-        error = None
+        error, check = None, _nothing
         if ranks.world.is_main:
             try:
-                stack.enter_context(run.locked())
+                check = stack.enter_context(run.held(ranks.world)).check
             except AgrivisionError as refusal:
                 error = refusal
         _agree_to_start(ranks, error)
-        yield
+        yield check
+
+
+def _nothing() -> None:
+    return
 
 
 def find_start(

@@ -101,10 +101,22 @@ def test_resumed_before_the_first_checkpoint(tmp_path: Path) -> None:
 
 def test_resumed_at_the_end(tmp_path: Path) -> None:
     run(tmp_path, 0, 12)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     run(tmp_path, 12, 12)
     check(tmp_path, 12)
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_what_an_attempt_on_a_lost_node_still_writes_goes_nowhere(tmp_path: Path) -> None:
+    with TensorBoard(tmp_path, 0) as lost:
+        for step in range(1, 13):
+            lost.scalars(step, {"loss/total": 1.0 / step})
+        lost.flush()
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with TensorBoard(tmp_path, 12):
+            lost.scalars(13, {"loss/total": -1.0})
+            lost.flush()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def write_until_killed(folder: str) -> None:

@@ -30,6 +30,7 @@ from agrivision.training.ema import WeightAverage
 from agrivision.training.optimizer import Optimizer
 from agrivision.training.preemption import StopRequest
 from agrivision.training.schedule import learning_rate
+from agrivision.world import World
 
 # The schedule
 
@@ -347,7 +348,8 @@ def start_holder(path: Path) -> subprocess.Popen[str]:
     code = (
         "import pathlib, sys, time\n"
         "from agrivision.rundir import RunDirectory\n"
-        f"with RunDirectory(pathlib.Path({str(path)!r})).locked():\n"
+        "from agrivision.world import World\n"
+        f"with RunDirectory(pathlib.Path({str(path)!r})).held(World()):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -360,12 +362,15 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(RunMismatch, match="is in use by another run") as error, run.locked():
+            with (
+                pytest.raises(RunMismatch, match="is in use by another run") as error,
+                run.held(World()),
+            ):
                 pass
             assert str(run.path) in str(error.value)
         finally:
             holder.send_signal(signal.SIGKILL)
-    with run.locked():
+    with run.held(World()):
         pass
     assert run.path.stat().st_mode & 0o777 == 0o700
 
@@ -373,11 +378,11 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
 def test_the_lock_ends_with_the_block(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     for _ in range(2):
-        with run.locked(), pytest.raises(RunMismatch), RunDirectory(tmp_path).locked():
+        with run.held(World()), pytest.raises(RunMismatch), RunDirectory(tmp_path).held(World()):
             pass
-    with pytest.raises(KeyError), run.locked():
+    with pytest.raises(KeyError), run.held(World()):
         raise KeyError
-    with run.locked():
+    with run.held(World()):
         pass
 
 
@@ -387,7 +392,7 @@ def test_a_file_system_without_locks_costs_a_warning(
 ) -> None:
     refuse_locks(monkeypatch, number)
     entered = False
-    with RunDirectory(tmp_path).locked():
+    with RunDirectory(tmp_path).held(World()):
         entered = True
     assert entered
     assert "no locks" in caplog.text
@@ -397,7 +402,10 @@ def test_a_lock_that_fails_otherwise_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_locks(monkeypatch, errno.EIO)
-    with pytest.raises(StorageError, match=r"cannot write .*\.lock"), RunDirectory(tmp_path).locked():
+    with (
+        pytest.raises(StorageError, match=r"cannot write .*\.lock"),
+        RunDirectory(tmp_path).held(World()),
+    ):
         pass
 
 
@@ -410,7 +418,7 @@ def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 def test_a_run_directory_that_is_a_file_is_the_users_to_change(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotWritable), RunDirectory(tmp_path / "file").locked():
+    with pytest.raises(NotWritable), RunDirectory(tmp_path / "file").held(World()):
         pass
 
 

@@ -1,0 +1,281 @@
+"""What a job leaves on disk: what it runs, as which jobs it was submitted, how each attempt ended.
+
+    JOB_DIR/job.json            what every attempt runs; frozen when the job is submitted (an array's
+                                tasks have job-0.json, job-1.json, …)
+    JOB_DIR/code/               the code that runs it
+    JOB_DIR/config.yaml         of a training run: the complete configuration
+    JOB_DIR/submissions.jsonl   one row for each job that Slurm was given
+    JOB_DIR/attempts.jsonl      one row for each beginning and each end of an attempt
+    JOB_DIR/endings/            how each rank of the present attempt ended, in its own words
+    JOB_DIR/slurm-JOB.out       what the job printed
+
+A training run's job directory is `launch/` in its run directory. That of another command stands beside
+what it writes, as OUT.launch. A job array's tasks have rows of their own in the same files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agrivision.errors import BadInput
+from agrivision.storage import make_private, storage_error, write_atomically
+
+VERSION = 1
+_FOLDER = "launch"
+_SUFFIX = ".launch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What every attempt of a job runs, and within which bounds it tries again.
+
+    Attributes:
+        command: of agrivision, and its arguments, as they are passed to every rank.
+        python: program and options that run Python in the job's step: an interpreter, or a container's
+            command that ends with one.
+        srun: further options of srun.
+        run_dir: of a training run, else empty.
+        cwd: folder that relative paths in `command` start from.
+        max_attempts: no more attempts than this altogether.
+        max_stalled: nor more than this in a row that got no further.
+        elastic: go on with the nodes that are left when others fail.
+        signal_seconds: how long before the time limit the job asked to be warned; 0: not known.
+        dependents: jobs that wait for this one, to be told when a successor takes its place.
+        resources: what the job was submitted with, for `resume`; empty for a plain `sbatch`.
+    """
+
+    command: tuple[str, ...]
+    python: tuple[str, ...]
+    srun: tuple[str, ...] = ()
+    run_dir: str = ""
+    cwd: str = ""
+    max_attempts: int = 100
+    max_stalled: int = 3
+    elastic: bool = False
+    signal_seconds: int = 0
+    dependents: tuple[str, ...] = ()
+    resources: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """As it stands in job.json."""
+        content = {"version": VERSION, **dataclasses.asdict(self)}
+        return (json.dumps(content, indent=2) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> JobSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
+        content = json.loads(text)
+        if content.pop("version") != VERSION:
+            raise ValueError("another format version")
+        for name in ("command", "python", "srun", "dependents"):
+            content[name] = tuple(content[name])
+        return cls(**content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One attempt: its beginning, and its end where it had one.
+
+    Attributes:
+        number: 1 for the first.
+        job: Slurm's id.
+        nodes: that it ran on.
+        tasks: ranks.
+        began: seconds since 1970.
+        from_step: latest checkpoint's step when it began; None where steps mean nothing.
+        ended: seconds since 1970; None while it runs, or where it was killed.
+        to_step: latest checkpoint's step when it ended.
+        code: exit code; None as `ended`.
+        reason: why it ended.
+        decision: what followed: `done`, `requeued`, `successor 18`, `cancelled`, `given up`, …
+        preempted: it had to make room for another job.
+    """
+
+    number: int
+    job: str
+    nodes: tuple[str, ...]
+    tasks: int
+    began: float
+    from_step: int | None = None
+    ended: float | None = None
+    to_step: int | None = None
+    code: int | None = None
+    reason: str = ""
+    decision: str = ""
+    preempted: bool = False
+
+
+@dataclass(frozen=True)
+class JobDirectory:
+    """The files of a job.
+
+    Attributes:
+        path: of the directory.
+        task: number in a job array whose tasks share the directory; None for a job by itself.
+    """
+
+    path: Path
+    task: int | None = None
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> JobDirectory:
+        """That of a training run."""
+        return cls(run_dir / _FOLDER)
+
+    @classmethod
+    def beside(cls, out: Path, task: int | None = None) -> JobDirectory:
+        """That of a job which writes `out`."""
+        return cls(out.with_name(out.name + _SUFFIX), task)
+
+    @classmethod
+    def find(cls, path: Path) -> JobDirectory:
+        """The job directory that somebody means by a run directory, an output, or its own path.
+
+        Raises:
+            BadInput: there is none.
+        """
+        for candidate in (cls.of_run(path), cls.beside(path), cls(path)):
+            if candidate.spec_file.is_file():
+                return candidate
+            for file in sorted(candidate.path.glob("job-*.json")):
+                return cls.of_spec(file)  # the first task of an array stands for all
+        raise BadInput(
+            f"{path} was not launched: no {_FOLDER}/job.json in it, nor {path.name}{_SUFFIX}"
+        )
+
+    @classmethod
+    def of_spec(cls, file: Path) -> JobDirectory:
+        """That in which a `job.json`, or an array task's `job-3.json`, stands."""
+        _, _, task = file.stem.partition("-")
+        return cls(file.parent, int(task) if task.isdigit() else None)
+
+    @property
+    def spec_file(self) -> Path:
+        """What every attempt runs."""
+        return self.path / ("job.json" if self.task is None else f"job-{self.task}.json")
+
+    @property
+    def code(self) -> Path:
+        """The code that the attempts run."""
+        return self.path / "code"
+
+    @property
+    def config(self) -> Path:
+        """The complete configuration of a training run."""
+        return self.path / "config.yaml"
+
+    @property
+    def endings(self) -> Path:
+        """How each rank of the present attempt ended."""
+        return self.path / ("endings" if self.task is None else f"endings-{self.task}")
+
+    @property
+    def submitit(self) -> Path:
+        """What submitit writes: the script, and a pickle that holds this directory's path."""
+        return self.path / "submitit"
+
+    def make(self) -> None:
+        """Make the directory, for its owner alone.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        make_private(self.path)
+
+    def spec(self) -> JobSpec:
+        """What every attempt runs.
+
+        Raises:
+            BadInput: there is no such file, or it is damaged.
+        """
+        try:
+            return JobSpec.from_json(self.spec_file.read_bytes())
+        except FileNotFoundError:
+            raise BadInput(f"{self.path} is no job directory: it has no job.json") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"cannot read {self.spec_file}: {error}") from None
+
+    def write_spec(self, spec: JobSpec) -> None:
+        """Freeze what the attempts run.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        write_atomically(self.spec_file, spec.to_json())
+
+    def submitted(self, job: str, by: str) -> None:
+        """Note a job that Slurm was given.
+
+        Args:
+            job: its id.
+            by: `launch`, `sbatch`, `resume`, `successor`.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        self._append("submissions.jsonl", {"job": job, "by": by, "time": time.time()})
+
+    def jobs(self) -> list[str]:
+        """The ids of all jobs that Slurm was given, oldest first."""
+        return [str(row["job"]) for row in self._rows("submissions.jsonl") if "job" in row]
+
+    def began(self, attempt: Attempt) -> None:
+        """Note that an attempt begins.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        self._append("attempts.jsonl", {"task": self.task, **dataclasses.asdict(attempt)})
+
+    def ended(self, attempt: Attempt) -> None:
+        """Note how an attempt ended; it takes the place of the row that it began with.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        self.began(attempt)
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts of this job or of this task of an array, oldest first."""
+        found: dict[int, Attempt] = {}
+        names = {field.name for field in dataclasses.fields(Attempt)}
+        for row in self._rows("attempts.jsonl"):
+            if row.get("task") == self.task:
+                try:
+                    attempt = Attempt(**{name: row[name] for name in row.keys() & names})
+                except TypeError:
+                    continue
+                found[attempt.number] = dataclasses.replace(attempt, nodes=tuple(attempt.nodes))
+        return [found[number] for number in sorted(found)]
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        """One row in one write: several tasks of an array share the file."""
+        path = self.path / name
+        try:
+            with path.open("ab", buffering=0) as file:
+                file.write(f"{json.dumps(row)}\n".encode())
+        except OSError as error:
+            raise storage_error(path, error) from error
+
+    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+        try:
+            lines: Iterable[bytes] = (self.path / name).read_bytes().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # torn by a kill
+                continue
+            if isinstance(row, dict):
+                yield row

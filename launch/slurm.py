@@ -1,0 +1,259 @@
+"""Slurm's commands: each called with a list of words, never through a shell, and its answer read.
+
+Nothing here needs accounting (`sacct`): squeue knows a job until some minutes after its end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from agrivision.errors import AgrivisionError, BadInput
+
+_SECONDS = 60.0  # a controller under load answers late; one that is down is worth no longer wait
+_RUNNING = "RUNNING"
+_FIELDS = ("JobArrayID", "JobID", "State", "Reason", "TimeLeft", "TimeLimit", "NodeList", "StartTime",
+           "PreemptTime")  # fmt: skip
+_COLUMN = 255  # squeue cuts every column at its width
+# What a job hands to its step must not reach a job that it submits: it would ask for the same again.
+_INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
+
+
+class SlurmError(AgrivisionError):
+    """Slurm refused, or did not answer; the message is Slurm's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedJob:
+    """What squeue says of a job.
+
+    Attributes:
+        id: as people write it: `17`, or `17_3` for the fourth task of an array.
+        state: PENDING, RUNNING, COMPLETING, CANCELLED, …
+        reason: why it is pending, in Slurm's word; `None` where there is nothing to say.
+        time_left: until its time limit, in Slurm's writing.
+        time_limit: likewise.
+        nodes: node list, empty while it is pending.
+        start: when it started, or is expected to.
+        preempted: it has been asked to make room.
+    """
+
+    id: str
+    state: str
+    reason: str
+    time_left: str
+    time_limit: str
+    nodes: str
+    start: str
+    preempted: bool
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs and nobody wants it to end for good: only then may it requeue itself."""
+        return self.state == _RUNNING
+
+
+def available() -> bool:
+    """Whether Slurm's commands are on the PATH."""
+    return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
+
+
+def require() -> None:
+    """Refuse to go on where there is no Slurm.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if not available():
+        raise BadInput(
+            "no sbatch on the PATH: run this on a login node of the cluster, or start one of your own"
+            " with `make cluster`"
+        )
+
+
+def queue(jobs: Sequence[str]) -> dict[str, QueuedJob]:
+    """What Slurm knows of some jobs, in one question to it; jobs that it has forgotten are left out.
+
+    Args:
+        jobs: ids, `17` or `17_3`; `17` stands for all tasks of an array, as they are in the queue.
+
+    Raises:
+        SlurmError: squeue failed.
+    """
+    if not jobs:
+        return {}
+    columns = ",".join(f"{name}:{_COLUMN}" for name in _FIELDS)
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}"]
+    # squeue fails if it knows none of the ids that it is asked for; so all of the user's are asked for
+    # where there are several, and one that is unknown is no error.
+    done = _call([*command, f"--jobs={','.join(jobs)}"], check=False)
+    if done.returncode != 0:
+        if "Invalid job id" in done.stderr:
+            return {}
+        raise SlurmError(f"squeue: {_said(done)}")
+    found = {}
+    for line in done.stdout.splitlines():
+        cells = [line[at : at + _COLUMN].strip() for at in range(0, _COLUMN * len(_FIELDS), _COLUMN)]
+        row = dict(zip(_FIELDS, cells, strict=True))
+        job = QueuedJob(
+            id=row["JobArrayID"],
+            state=row["State"],
+            reason=row["Reason"],
+            time_left=row["TimeLeft"],
+            time_limit=row["TimeLimit"],
+            nodes=row["NodeList"],
+            start=row["StartTime"],
+            preempted=row["PreemptTime"] not in ("", "N/A", "None"),
+        )
+        found[job.id] = job
+        found.setdefault(row["JobID"], job)
+    return found
+
+
+def requeue(job: str) -> None:
+    """Put a running job back into the queue.
+
+    Raises:
+        SlurmError: Slurm refused: requeueing is disabled, or the job has ended.
+    """
+    _call(["scontrol", "requeue", job])
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """End jobs for good.
+
+    Raises:
+        SlurmError: Slurm refused.
+    """
+    _call(["scancel", *jobs])
+
+
+def update(job: str, **changes: str) -> None:
+    """Change a job that has been submitted: `update("17", Dependency="afterok:18")`.
+
+    Raises:
+        SlurmError: Slurm refused.
+    """
+    _call(["scontrol", "update", f"JobId={job}", *(f"{key}={value}" for key, value in changes.items())])
+
+
+def submit(script: str, options: Sequence[str] = (), arguments: Sequence[str] = ()) -> str:
+    """Submit a batch script; what the calling job was given is not handed on.
+
+    Args:
+        script: path of the script.
+        options: of sbatch.
+        arguments: of the script.
+
+    Returns:
+        The id of the job.
+
+    Raises:
+        SlurmError: sbatch refused.
+    """
+    command = ["sbatch", "--parsable", *options, script, *arguments]
+    done = _call(command, environment=clean_environment(os.environ))
+    return done.stdout.strip().splitlines()[-1].split(";")[0]
+
+
+def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -> str:
+    """Submit a job that asks for what a running one asked for, and starts when that one is over.
+
+    Args:
+        job: SLURM_JOB_ID of the running one.
+        command: what the new job runs: program and arguments.
+        options: of sbatch, besides those that can be read off the running job.
+
+    Returns:
+        The id of the new job.
+
+    Raises:
+        SlurmError: Slurm refused.
+    """
+    script = f"#!/bin/bash\nexec {shlex.join(command)}\n"
+    asked = [f"{flag}={value}" for flag, value in _asked_for(job).items()]
+    words = ["sbatch", "--parsable", *asked, *options, f"--dependency=afterany:{job}"]
+    done = _call(words, environment=clean_environment(os.environ), text=script)
+    return done.stdout.strip().splitlines()[-1].split(";")[0]
+
+
+# Of a job as squeue writes it → what sbatch calls it.
+_ASKED = {
+    "Name": "--job-name", "Partition": "--partition", "Account": "--account", "QOS": "--qos",
+    "TimeLimit": "--time", "NumNodes": "--nodes", "cpus-per-task": "--cpus-per-task",
+    "tres-per-node": "--gres", "tres-per-task": "--gpus-per-task", "Feature": "--constraint",
+    "ExcNodes": "--exclude", "Reservation": "--reservation", "Comment": "--comment",
+    "MinMemory": "--mem", "WorkDir": "--chdir", "STDOUT": "--output",
+}  # fmt: skip
+_NOTHING = {"", "N/A", "(null)", "None", "0"}
+
+
+def _asked_for(job: str) -> dict[str, str]:
+    columns = ",".join(f"{name}:{_COLUMN}" for name in _ASKED)
+    done = _call(["squeue", "--noheader", f"--jobs={job}", f"--Format={columns}"])
+    line = done.stdout.splitlines()[0] if done.stdout else ""
+    cells = [line[at : at + _COLUMN].strip() for at in range(0, _COLUMN * len(_ASKED), _COLUMN)]
+    found = dict(zip(_ASKED.values(), cells, strict=True))
+    return {flag: value for flag, value in found.items() if value not in _NOTHING}
+
+
+def usable_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of some nodes that answer and are not taken out of service.
+
+    Raises:
+        SlurmError: sinfo failed.
+    """
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"]
+    states: dict[str, str] = {}
+    for line in _call(command).stdout.splitlines():
+        name, _, state = line.strip().partition(" ")
+        states[name] = state
+    good = re.compile(r"(idle|alloc|mixed|comp)[a-z]*\+?")  # an asterisk: the node does not answer
+    return [name for name in nodes if good.fullmatch(states.get(name, ""))]
+
+
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what Slurm gave to the job that this process is in."""
+    return {
+        key: value
+        for key, value in environment.items()
+        if key in _KEPT or not key.startswith(_INHERITED)
+    }
+
+
+def _call(
+    command: Sequence[str],
+    *,
+    check: bool = True,
+    environment: Mapping[str, str] | None = None,
+    text: str = "",
+) -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run(
+            list(command),
+            input=text,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            check=False,
+            env=environment,
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"no {command[0]} on the PATH") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within {_SECONDS:.0f} s") from None
+    if check and done.returncode != 0:
+        raise SlurmError(f"{command[0]}: {_said(done)}")
+    return done
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
