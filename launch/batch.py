@@ -85,7 +85,6 @@ def _freeze(words: Sequence[str]) -> JobDirectory:
                 run_dir="" if run_dir is None else str(run_dir),
                 cwd=str(Path.cwd()),
                 max_attempts=_number("AGRIVISION_MAX_ATTEMPTS", 100),
-                elastic=os.environ.get("AGRIVISION_ELASTIC", "") == "1",
                 signal_seconds=_number("AGRIVISION_SIGNAL_SECONDS", 0),
             )
         )
@@ -132,6 +131,11 @@ class _Place:
     restart: int
     nodes: tuple[str, ...]
     tasks_per_node: int
+
+    @property
+    def tasks(self) -> int:
+        """Ranks on all nodes."""
+        return len(self.nodes) * self.tasks_per_node
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> _Place:
@@ -223,34 +227,26 @@ class _Batch:
         self._job, self._spec, self._place, self._signals = job, spec, place, signals
 
     def go(self) -> int:
+        """Run the ranks to their end, and decide what follows; returns the batch job's exit code."""
         before = self._job.attempts()
-        nodes = list(self._place.nodes)
-        while True:
-            attempt = self._begin(len(before) + 1, nodes)
-            result = self._step(nodes)
-            attempt = dataclasses.replace(
-                attempt,
-                ended=time.time(),
-                to_step=self._latest_step(),
-                code=result.code,
-                reason=result.line,
-            )
-            left = self._left_of(nodes) if result.code not in _ENDED else []
-            if left and not self._out_of_patience([*before, attempt]):
-                lost = len(nodes) - len(left)
-                _say(f"{lost} of {len(nodes)} nodes are lost: going on with {' '.join(left)}")
-                self._job.ended(dataclasses.replace(attempt, decision="smaller"))
-                before.append(attempt)
-                nodes = left
-                continue
-            return self._decide(before, attempt, result)
+        attempt = self._begin(len(before) + 1)
+        result = self._step()
+        attempt = dataclasses.replace(
+            attempt,
+            ended=time.time(),
+            to_step=self._latest_step(),
+            code=result.code,
+            reason=result.line,
+        )
+        return self._decide(before, attempt, result)
 
-    def _begin(self, number: int, nodes: list[str]) -> Attempt:
+    def _begin(self, number: int) -> Attempt:
+        nodes = self._place.nodes
         attempt = Attempt(
             number=number,
             job=self._place.job,
-            nodes=tuple(nodes),
-            tasks=len(nodes) * self._place.tasks_per_node,
+            nodes=nodes,
+            tasks=self._place.tasks,
             began=time.time(),
             from_step=self._latest_step(),
         )
@@ -265,31 +261,28 @@ class _Batch:
     def _latest_step(self) -> int | None:
         return RunDirectory(Path(self._spec.run_dir)).latest_step() if self._spec.run_dir else None
 
-    def _step(self, nodes: Sequence[str]) -> _Result:
-        """Run the ranks on some nodes of the allocation, and hear how they ended."""
+    def _step(self) -> _Result:
+        """Run the ranks, and hear how they ended."""
         shutil.rmtree(self._job.endings, ignore_errors=True)
         make_private(self._job.endings)
-        command = self._srun(nodes)
+        command = self._srun()
         try:
             process = subprocess.Popen(command, env=self._environment(), cwd=self._spec.cwd or None)
         except FileNotFoundError:
             raise BadInput("no srun on the PATH of the batch job") from None
         self._signals.step = process
         code = process.wait()
-        return _judge(read_endings(self._job.endings), code, len(nodes) * self._place.tasks_per_node)
+        return _judge(read_endings(self._job.endings), code, self._place.tasks)
 
-    def _srun(self, nodes: Sequence[str]) -> list[str]:
-        count = len(nodes)
+    def _srun(self) -> list[str]:
         return [
             "srun",
-            f"--nodes={count}",
-            f"--ntasks={count * self._place.tasks_per_node}",
+            f"--nodes={len(self._place.nodes)}",
+            f"--ntasks={self._place.tasks}",
             f"--ntasks-per-node={self._place.tasks_per_node}",
-            f"--nodelist={','.join(nodes)}",
             "--kill-on-bad-exit=1",
             f"--wait={_STEP_WAIT}",
             "--unbuffered",
-            *(["--no-kill"] if self._spec.elastic else []),
             *self._spec.srun,
             *self._spec.python,
             "-m",
@@ -322,17 +315,6 @@ class _Batch:
             return []
         alive = {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "STOPPED"}
         return [job for job in others if job not in known or known[job].state not in alive]
-
-    def _left_of(self, nodes: Sequence[str]) -> list[str]:
-        """The nodes to go on with after some were lost, in an elastic job; empty where none was."""
-        if not self._spec.elastic or self._signals.received:
-            return []
-        try:
-            left = slurm.usable_nodes(",".join(nodes))
-        except slurm.SlurmError as error:
-            _say(f"cannot ask for the nodes: {error}")
-            return []
-        return left if 0 < len(left) < len(nodes) else []
 
     def _decide(self, before: Sequence[Attempt], attempt: Attempt, result: _Result) -> int:
         """What follows an attempt that has ended; returns the exit code of the batch job."""
@@ -417,7 +399,7 @@ class _Batch:
         options = [f"--ntasks-per-node={place.tasks_per_node}", "--open-mode=append"]
         if spec.signal_seconds:
             options.append(f"--signal=USR1@{spec.signal_seconds}")
-        return [*options, "--no-kill"] if spec.elastic else options
+        return options
 
     def _end(self, attempt: Attempt, decision: str, result: _Result, code: int, line: str = "") -> int:
         self._job.ended(dataclasses.replace(attempt, decision=decision))

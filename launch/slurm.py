@@ -6,7 +6,6 @@ Nothing here needs accounting (`sacct`): squeue knows a job until some minutes a
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -201,21 +200,6 @@ def _asked_for(job: str) -> dict[str, str]:
     cells = [line[at : at + _COLUMN].strip() for at in range(0, _COLUMN * len(_ASKED), _COLUMN)]
     found = dict(zip(_ASKED.values(), cells, strict=True))
     return {flag: value for flag, value in found.items() if value not in _NOTHING}
-
-
-def usable_nodes(nodes: Sequence[str]) -> list[str]:
-    """Those of some nodes that answer and are not taken out of service.
-
-    Raises:
-        SlurmError: sinfo failed.
-    """
-    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"]
-    states: dict[str, str] = {}
-    for line in _call(command).stdout.splitlines():
-        name, _, state = line.strip().partition(" ")
-        states[name] = state
-    good = re.compile(r"(idle|alloc|mixed|comp)[a-z]*\+?")  # an asterisk: the node does not answer
-    return [name for name in nodes if good.fullmatch(states.get(name, ""))]
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
