@@ -24,6 +24,7 @@ from agrivision.errors import BadInput, ConfigurationError
 
 _KEYS = flatten(Config().to_dict())
 _SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _OTHERS = {"config", "print_config", "help"}
 
 
@@ -87,7 +88,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
         parsed = parser.parse_args(arguments)
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise _shortened(error) from None
+        raise shortened(error) from None
     fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(Config)}
     return TrainOptions(Config(**fields), Path(built.run_dir), built.resume_with_changes)
 
@@ -153,13 +154,17 @@ def _unknown(key: str, where: str) -> ConfigurationError:
     return ConfigurationError(f"unknown key {key} {where}{hint}; valid: {', '.join(valid)}")
 
 
-def _shortened(error: ArgumentError) -> BadInput:
+def shortened(error: ArgumentError) -> BadInput:
     """Jsonargparse's many lines in one: the key, the value, what was wanted."""
     text = str(error)
     key = re.search(r'[Kk]ey "([^"]+)"', text)
     value = re.search(r"(?:Given|Got) value: (.*)", text)
-    if key is not None and key[1] in _KEYS and value is not None:
-        return ConfigurationError(f"{key[1]} is {value[1].strip()!r}: it must be {_wanted(key[1])}")
+    if key is not None and value is not None:
+        if key[1] in _KEYS:
+            return ConfigurationError(f"{key[1]} is {value[1].strip()!r}: it must be {_wanted(key[1])}")
+        kind = re.search(r"<class '(\w+)'>", text)
+        if kind is not None and kind[1] in _KINDS:
+            return BadInput(f"--{key[1]} is {value[1].strip()!r}: it must be {_KINDS[kind[1]]}")
     return BadInput(" ".join(text.split()))
 
 
@@ -176,5 +181,4 @@ def _words(kind: Any) -> str:
         return " or ".join(map(str, typing.get_args(kind)))
     if isinstance(kind, types.UnionType):
         return " or ".join(_words(part) for part in typing.get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, "null" if kind is type(None) else str(kind))
+    return _KINDS.get(kind.__name__, "null" if kind is type(None) else str(kind))

@@ -1,11 +1,13 @@
-"""Who a process is, from an environment given as a dict."""
+"""Who a process is among its peers, from an environment given as a dict."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agrivision.errors import ConfigurationError
-from agrivision.world import World
+from agrivision.world import World, ending_file, expand_hosts, tasks_by_node
 
 
 def test_alone() -> None:
@@ -80,3 +82,65 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_wrong_variables_are_named(environment: dict[str, str], named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         World.from_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hosts"),
+    [
+        ("", []),
+        ("n1", ["n1"]),
+        ("gpu[007-009,12],cpu1", ["gpu007", "gpu008", "gpu009", "gpu12", "cpu1"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("a-b[9-11].cluster", ["a-b9.cluster", "a-b10.cluster", "a-b11.cluster"]),
+    ],
+)
+def test_node_lists_are_expanded(nodes: str, hosts: list[str]) -> None:
+    assert expand_hosts(nodes) == hosts
+
+
+@given(st.integers(0, 99_999), st.integers(0, 40), st.integers(1, 6))
+def test_a_range_of_nodes_keeps_its_zeros(first: int, more: int, digits: int) -> None:
+    names = [f"n{number:0{digits}d}" for number in range(first, first + more + 1)]
+    assert expand_hosts(f"n[{names[0][1:]}-{names[-1][1:]}]") == names
+
+
+def test_the_ranks_of_a_step_are_named_by_their_nodes() -> None:
+    world = World.from_environment(slurm())
+    assert [world.host(rank) for rank in range(5)] == [
+        "rank 0 on gpu007",
+        "rank 1 on gpu007",
+        "rank 2 on gpu008",
+        "rank 3 on gpu008",
+        "rank 4 on gpu009",
+    ]
+    assert world.host(7) == "rank 7"
+
+
+def test_each_start_of_a_job_has_a_name_of_its_own() -> None:
+    first, second = (World.from_environment(slurm(SLURM_RESTART_COUNT=count)) for count in "01")
+    third = World.from_environment(slurm(SLURM_RESTART_COUNT="1", SLURM_STEP_ID="1"))
+    assert [world.attempt for world in (first, second, third)] == [
+        "123456.0.0",
+        "123456.1.0",
+        "123456.1.1",
+    ]
+
+
+@pytest.mark.parametrize("text", ["two", "2(x", "2(x3)1", "x3"])
+def test_tasks_by_node_that_cannot_be_read_are_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="tasks by node"):
+        tasks_by_node(text)
+
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 5)), max_size=6))
+def test_tasks_by_node(groups: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{tasks}(x{nodes})" if nodes > 1 else str(tasks) for tasks, nodes in groups)
+    assert tasks_by_node(text) == [tasks for tasks, nodes in groups for _ in range(nodes)]
+
+
+def test_where_a_rank_says_how_it_ended() -> None:
+    assert ending_file({"AGRIVISION_ENDINGS": "/job/endings", "SLURM_PROCID": "3"}) == (
+        "/job/endings/rank-3.json"
+    )
+    assert ending_file({"AGRIVISION_ENDINGS": "/job/endings"}) == ""
+    assert ending_file({"SLURM_PROCID": "3"}) == ""
