@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.agrivision-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo test test-faults cluster cluster-stop check clean
 
 help:  ## this list
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 install: $(STAMP)  ## make the virtual environment VENV with PYTHON, and install the package and its tools
 	@:
@@ -28,6 +28,16 @@ demo: $(STAMP)  ## from invented fields to maps on this machine, in minutes; res
 
 test: $(STAMP)  ## the tests
 	$(BIN)/python -m pytest
+
+test-faults: $(STAMP)  ## the tests that take minutes; SAMPLE=3 runs three by chance, SAMPLE_SEED=N the same three
+	$(BIN)/python -m pytest -m faults -p tests.slurm.sampling \
+		$(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SAMPLE_SEED),--sample-seed $(SAMPLE_SEED))
+
+cluster: $(STAMP)  ## a real Slurm on this machine, with four invented nodes; prints what to export
+	@$(BIN)/python -m launch.cluster start
+
+cluster-stop: $(STAMP)  ## end it, and all of its jobs
+	@$(BIN)/python -m launch.cluster stop
 
 check: $(STAMP)  ## style, types and the direction of imports
 	$(BIN)/ruff check .

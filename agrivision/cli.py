@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +16,13 @@ from pathlib import Path
 import jsonargparse
 
 from agrivision import __version__
+from agrivision.ending import report_ending
 from agrivision.errors import AgrivisionError, BadInput, ExitCode
-from agrivision.options import parse_train, train_parser
+from agrivision.options import parse_train, shortened, train_parser
 from agrivision.training.preemption import StopRequest
 
 _Parser = jsonargparse.ArgumentParser
+_PART_HELP = "I/N: this task's share of the work, beside N - 1 other tasks"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,24 +36,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return int(_dispatch(arguments))
+        code = _dispatch(arguments)
     except AgrivisionError as error:
         return _complain(str(error), error.exit_code)
     except ArgumentError as error:
-        return _complain(str(error), ExitCode.BAD_INPUT)
+        return _complain(str(shortened(error)), ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         return _complain("interrupted", ExitCode.FAILED)
     except MemoryError:
         return _complain("out of memory: use smaller batches or fewer workers", ExitCode.HOPELESS)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; naming the class would import torch
-            raise
-        line = "out of GPU memory: use smaller batches or crops, or training.micro_batch_size"
-        return _complain(line, ExitCode.HOPELESS)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; naming the class would import torch
+            line = "out of GPU memory: use smaller batches or crops, or training.micro_batch_size"
+            return _complain(line, ExitCode.HOPELESS)
+        report_ending(ExitCode.FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
+    report_ending(code, "")
+    return int(code)
 
 
 def _complain(line: str, code: ExitCode) -> int:
-    sys.stderr.write(f"agrivision: error: {' '.join(line.split())}\n")
+    line = " ".join(line.split())
+    sys.stderr.write(f"agrivision: error: {line}\n")
+    report_ending(code, line)
     return int(code)
 
 
@@ -123,12 +131,15 @@ def _prepare(argv: list[str]) -> ExitCode:
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first problem")
     parser.add_argument("--shard_tiles", type=int, default=128, help="tiles in a shard")
+    parser.add_argument("--part", type=str, default=None, help=_PART_HELP)
     args = parser.parse_args(argv)
+    stop = StopRequest().listen()
     from agrivision.console import ProgressReport, say
-    from agrivision.data.prepare import PrepareOptions, prepare
+    from agrivision.data.prepare import PrepareOptions, prepare, prepare_part
     from agrivision.data.sources.survey import parse_classes
     from agrivision.monitor.log import configure_log
     from agrivision.monitor.progress import progress
+    from agrivision.part import Part
 
     options = PrepareOptions(
         workers=args.workers,
@@ -144,9 +155,16 @@ def _prepare(argv: list[str]) -> ExitCode:
         strict=args.strict,
         shard_tiles=args.shard_tiles,
     )
+    part = None if args.part is None else Part.parse(args.part)
+    source, out = Path(args.source), Path(args.out)
     configure_log(0, None)
     with progress("preparing", unit="tile") as bar:
-        summary = prepare(Path(args.source), Path(args.out), options, ProgressReport(bar))
+        report = ProgressReport(bar)
+        summary = (
+            prepare(source, out, options, report, stop=lambda: stop.made)
+            if part is None
+            else prepare_part(source, out, options, part, report, stop=lambda: stop.made)
+        )
     for line in summary.lines():
         say(line)
     return ExitCode.DONE
@@ -241,14 +259,18 @@ def _predict(argv: list[str]) -> ExitCode:
     parser.add_argument("--split", type=str, default=None, help="of a data set; default: all")
     parser.add_argument("--tile", type=int, default=None, help="side of a window on a scene, in pixels")
     parser.add_argument("--margin", type=int, default=None, help="read around each window, in pixels")
+    parser.add_argument("--part", type=str, default="0/1", help=_PART_HELP)
     args = parser.parse_args(argv)
+    stop = StopRequest().listen()
     from agrivision.console import say
     from agrivision.inference.predict import PredictOptions, predict
     from agrivision.inference.trained import load_run
     from agrivision.monitor.log import configure_log
     from agrivision.monitor.progress import progress
+    from agrivision.part import Part
 
     configure_log(0, None)
+    part = Part.parse(args.part)
     options = PredictOptions(
         split=args.split,
         batch_size=args.batch_size,
@@ -259,7 +281,15 @@ def _predict(argv: list[str]) -> ExitCode:
     )
     inputs = [Path(path) for path in args.inputs]
     with progress("predicting", unit="tile") as bar:
-        summary = predict(load_run(args.checkpoint), inputs, Path(args.out), options, bar)
+        summary = predict(
+            load_run(args.checkpoint),
+            inputs,
+            Path(args.out),
+            options,
+            bar,
+            part=part,
+            stop=lambda: stop.made,
+        )
     for line in summary.lines():
         say(line)
     return ExitCode.DONE

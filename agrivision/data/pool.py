@@ -7,36 +7,55 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
 
 from agrivision.data.shard_job import Job, Made, ShardMaker, make_shard
-from agrivision.errors import AgrivisionError
+from agrivision.errors import AgrivisionError, Interrupted
+from agrivision.part import Stop, never
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+_POLL_SECONDS = 0.2
 
 _maker: list[ShardMaker] = []  # of a worker process: sent once instead of with every job
 
 
-def run_jobs(maker: ShardMaker, jobs: Sequence[Job], workers: int) -> Generator[Made, None, None]:
+def run_jobs(
+    maker: ShardMaker, jobs: Sequence[Job], workers: int, stop: Stop = never
+) -> Generator[Made, None, None]:
     """Make shards, in this process or in others, and give them in the order of the jobs.
 
+    Args:
+        maker: what all have in common.
+        jobs: the shards.
+        workers: processes; 1 works in this one.
+        stop: whether to stop; shards in hand are finished.
+
     Raises:
+        Interrupted: asked to stop before the last shard.
         AgrivisionError: what went wrong with the first job that failed, or a worker that was killed.
     """
     workers = min(workers, len(jobs))
-    if workers == 1:
-        yield from (make_shard(maker, job) for job in jobs)
+    if workers <= 1:
+        for job in jobs:
+            if stop():
+                raise _interrupted()
+            yield make_shard(maker, job)
         return
     # Fresh processes: a fork would copy the locks of this one's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(maker,))
+    with _no_signals():  # the process with multiprocessing's books is started here
+        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(maker,))
     try:
-        with _no_interrupt():
+        with _no_signals():  # once more: starting the first one lets some signals in again
             futures: list[Future[Made]] = [pool.submit(_work, job) for job in jobs]
         for future in futures:
-            yield future.result()
+            yield _result(future, stop)
     except BrokenProcessPool:
+        if stop():  # the signal went to all processes, and met a worker that had just been started
+            raise _interrupted() from None
         raise AgrivisionError(
             "a worker process was killed, perhaps for want of memory: run it again with fewer"
             " workers, and it goes on"
@@ -45,10 +64,24 @@ def run_jobs(maker: ShardMaker, jobs: Sequence[Job], workers: int) -> Generator[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _result(future: Future[Made], stop: Stop) -> Made:
+    while not wait([future], _POLL_SECONDS).done:
+        if stop():
+            raise _interrupted()
+    return future.result()
+
+
+def _interrupted() -> Interrupted:
+    return Interrupted("stopped; finished shards are kept, and the same command goes on")
+
+
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Processes started here never see Ctrl-C, which a terminal sends to all: the first one decides."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _no_signals() -> Iterator[None]:
+    """Processes started here never see the signals that a terminal or Slurm sends to all of a step.
+
+    The first process decides; killed workers would cost it the shards in hand.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
@@ -56,7 +89,8 @@ def _no_interrupt() -> Iterator[None]:
 
 
 def _begin(maker: ShardMaker) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _maker[:] = [maker]
 

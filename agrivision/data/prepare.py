@@ -6,17 +6,20 @@ every byte of the result: not on the number of workers, nor on how often the wor
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from agrivision.data.finished import is_made_of
 from agrivision.data.pool import run_jobs
 from agrivision.data.schema import Schema, Split
-from agrivision.data.shard_job import Job, Made, ShardMaker
+from agrivision.data.shard_job import Job, Made, ShardMaker, plan_digest
+from agrivision.data.sharing import Common, Sharing, shared
 from agrivision.data.sources.agriculture_vision import open_agriculture_vision
 from agrivision.data.sources.layouts import LAYOUTS
 from agrivision.data.sources.source import (
@@ -33,6 +36,7 @@ from agrivision.data.splits import TRAIN, VAL, divide
 from agrivision.data.statistics import Sums, add_up, band_statistics
 from agrivision.data.workplace import Workplace
 from agrivision.errors import SourceError
+from agrivision.part import Part, Stop, never
 
 _ORDER = (TRAIN, VAL, "test")
 
@@ -113,11 +117,39 @@ class PrepareSummary:
         return lines
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartSummary:
+    """What a part of a `prepare` did that was not the last one, or came when nothing was left to do.
+
+    Attributes:
+        out: the data set.
+        part: which part.
+        made: shards that are this part's, and are there now.
+        missing: shards of other parts that are not; 0 where the data set is finished.
+    """
+
+    out: Path
+    part: Part
+    made: int
+    missing: int
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if not self.missing:
+            return [f"part {self.part}: {self.out} is finished"]
+        return [
+            f"part {self.part}: its {self.made:,} shards are made; {self.missing:,} of other parts are"
+            f" still missing in {self.out}"
+        ]
+
+
 def prepare(
     source_path: Path,
     out: Path,
     options: PrepareOptions = PrepareOptions(),
     report: Report | None = None,
+    *,
+    stop: Stop = never,
 ) -> PrepareSummary:
     """Make a data set.
 
@@ -127,56 +159,208 @@ def prepare(
         out: folder to make; after an interruption `OUT.partial` holds what is done so far.
         options: how.
         report: is told of the progress and of every problem.
+        stop: whether to stop before the next shard.
 
     Raises:
         SourceError: the source cannot be used, or (strict) something in it is not as it should be.
         DatasetError: `out` exists already, or another process is making it.
+        Interrupted: asked to stop; run it again and it goes on.
         StorageError, NotWritable: the disk refused; run it again and it goes on.
     """
-    report = report or Silence()
-    workplace = Workplace(Path(os.path.abspath(out)))  # noqa: PTH100 - resolve() would follow OUT itself
+    workplace = _workplace(out)
     workplace.check_free()
-    source = open_source(source_path, options)
-    problems = Problems(strict=options.strict, report=report)
-    problems.add(source.problems)
-    jobs = plan(source, options)
-    report.total(sum(len(job.references) for job in jobs))
+    task = _Task.of(source_path, workplace, options, report or Silence(), stop)
+    problems = task.problems()
+    task.report.total(_count_tiles(task.jobs))
     with workplace.held():
-        workplace.tidy(_names(jobs))
-        made = _make_all(source, jobs, workplace, options, problems)
-        schema = _describe(source, jobs, made)
-        workplace.finish(schema)
-    return PrepareSummary(
-        out=out,
-        schema=schema,
-        blank=sum(shard.blank for shard in made),
-        problems=tuple(problems.kept),
-        problem_kinds=dict(problems.kinds),
-    )
+        workplace.tidy(_names(task.jobs))
+        workplace.agree(task.digest, parts=1)
+        made = task.make(task.jobs, problems)
+        summary = task.finish(out, made, problems)
+    workplace.sweep()
+    return summary
 
 
-def _make_all(
-    source: Source,
-    jobs: Sequence[Job],
-    workplace: Workplace,
+def prepare_part(
+    source_path: Path,
+    out: Path,
     options: PrepareOptions,
-    problems: Problems,
-) -> list[Made]:
-    maker = ShardMaker(
-        reader=source.reader,
-        workplace=workplace,
-        bands=len(source.bands),
-        classes=len(source.classes),
-        strict=options.strict,
+    part: Part,
+    report: Report | None = None,
+    *,
+    stop: Stop = never,
+) -> PrepareSummary | PartSummary:
+    """Make one part's shards of a data set, beside processes that make the others.
+
+    The shards are divided by their place in the plan. Whoever finds all of them there puts the data
+    set together: the same bytes as from `prepare`.
+
+    Args:
+        source_path: see `prepare`.
+        out: see `prepare`.
+        options: the same for every part, but for `workers` and `strict`.
+        part: which shards to make.
+        report: is told of this part's progress and problems.
+        stop: whether to stop before the next shard.
+
+    Returns:
+        What `prepare` returns, problems of all parts included, where this part put the data set
+        together; else what this part did.
+
+    Raises:
+        SourceError, Interrupted, StorageError, NotWritable: see `prepare`.
+        DatasetError: `out` exists already and is another data set, a whole `prepare` or the same part
+            is at work, or other parts have other options.
+    """
+    workplace = _workplace(out)
+    if not os.path.lexists(workplace.out):
+        workplace.check_free()
+    task = _Task.of(source_path, workplace, options, report or Silence(), stop)
+    try:
+        task.check_out()
+        with shared(task.common(part), part, stop) as sharing:
+            summary = _share(task, out, part, sharing)
+    except _Finished:
+        summary = PartSummary(out=out, part=part, made=0, missing=0)
+    workplace.sweep()
+    return summary
+
+
+class _Finished(Exception):
+    """The data set is there: made from this source, by this plan."""
+
+
+def _share(task: _Task, out: Path, part: Part, sharing: Sharing) -> PrepareSummary | PartSummary:
+    mine = [place for place in range(len(task.jobs)) if part.takes(place)]
+    task.report.total(_count_tiles(task.jobs[place] for place in mine))
+    made = dict(
+        zip(mine, task.make([task.jobs[place] for place in mine], task.problems()), strict=True)
     )
-    workers = options.workers or len(os.sched_getaffinity(0))
-    made: list[Made] = []
-    with closing(run_jobs(maker, jobs, workers)) as shards:  # whatever happens, no worker goes on
-        for job, shard in zip(jobs, shards, strict=True):
-            made.append(shard)
-            problems.add(shard.problems)
-            problems.report.advance(len(job.references))
-    return made
+    if not sharing.ended():
+        return PartSummary(out=out, part=part, made=len(mine), missing=sharing.missing)
+    with sharing.alone():
+        task.workplace.tidy(_names(task.jobs))
+        task.report.total(_count_tiles(task.jobs))
+        rest = [place for place in range(len(task.jobs)) if not part.takes(place)]
+        # The other parts have told of their problems, each in its log; here all are only counted.
+        quiet = Problems(report=_Advances(task.report))
+        made |= zip(rest, task.make([task.jobs[place] for place in rest], quiet), strict=True)
+        problems = Problems(strict=task.options.strict)
+        problems.add(task.source.problems)
+        for place in range(len(task.jobs)):
+            problems.add(made[place].problems)
+        return task.finish(out, [made[place] for place in range(len(task.jobs))], problems)
+
+
+class _Advances(Silence):
+    """Tells a report how far the work has come, and no problems."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def advance(self, tiles: int) -> None:
+        self._report.advance(tiles)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """All shards of a data set, and what makes them."""
+
+    source: Source
+    jobs: Sequence[Job]
+    workplace: Workplace
+    options: PrepareOptions
+    report: Report
+    stop: Stop
+
+    @classmethod
+    def of(
+        cls,
+        source_path: Path,
+        workplace: Workplace,
+        options: PrepareOptions,
+        report: Report,
+        stop: Stop,
+    ) -> _Task:
+        source = open_source(source_path, options)
+        return cls(
+            source=source,
+            jobs=plan(source, options),
+            workplace=workplace,
+            options=options,
+            report=report,
+            stop=stop,
+        )
+
+    @property
+    def digest(self) -> str:
+        """The same for all parts that may work together."""
+        how = dataclasses.replace(self.options, workers=None, strict=False)
+        return plan_digest(self.source.reader, self.jobs, how)
+
+    def problems(self) -> Problems:
+        """Those found while looking at the source."""
+        problems = Problems(strict=self.options.strict, report=self.report)
+        problems.add(self.source.problems)
+        return problems
+
+    def common(self, part: Part) -> Common:
+        return Common(
+            workplace=self.workplace,
+            plan=self.digest,
+            shards=_names(self.jobs),
+            busy=frozenset(place % part.of for place in range(len(self.jobs))),
+            check_out=self.check_out,
+        )
+
+    def check_out(self) -> None:
+        """See whether something stands at OUT.
+
+        Raises:
+            _Finished: what is being made.
+            DatasetError: something else.
+        """
+        if os.path.lexists(self.workplace.out):
+            if is_made_of(self.workplace.out, self.source, self.jobs):
+                raise _Finished
+            self.workplace.check_free()
+
+    def make(self, jobs: Sequence[Job], problems: Problems) -> list[Made]:
+        maker = ShardMaker(
+            reader=self.source.reader,
+            workplace=self.workplace,
+            bands=len(self.source.bands),
+            classes=len(self.source.classes),
+            strict=self.options.strict,
+        )
+        workers = self.options.workers or len(os.sched_getaffinity(0))
+        made: list[Made] = []
+        # Whatever happens, no worker goes on.
+        with closing(run_jobs(maker, jobs, workers, self.stop)) as shards:
+            for job, shard in zip(jobs, shards, strict=True):
+                made.append(shard)
+                problems.add(shard.problems)
+                problems.report.advance(len(job.references))
+        return made
+
+    def finish(self, out: Path, made: Sequence[Made], problems: Problems) -> PrepareSummary:
+        schema = _describe(self.source, self.jobs, made)
+        self.workplace.finish(schema)
+        return PrepareSummary(
+            out=out,
+            schema=schema,
+            blank=sum(shard.blank for shard in made),
+            problems=tuple(problems.kept),
+            problem_kinds=dict(problems.kinds),
+        )
+
+
+def _workplace(out: Path) -> Workplace:
+    return Workplace(Path(os.path.abspath(out)))  # noqa: PTH100 - resolve() would follow OUT itself
+
+
+def _count_tiles(jobs: Iterable[Job]) -> int:
+    return sum(len(job.references) for job in jobs)
 
 
 def open_source(path: Path, options: PrepareOptions) -> Source:

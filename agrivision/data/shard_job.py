@@ -175,6 +175,20 @@ def _digest(maker: ShardMaker, job: Job) -> str:
     return digest.hexdigest()
 
 
+def plan_digest(reader: TileReader, jobs: Sequence[Job], how: object) -> str:
+    """Of all that decides which shards there are and what is in them, but the source's pixels.
+
+    Args:
+        reader: of the source.
+        jobs: every shard.
+        how: options, as `repr` shows them.
+    """
+    digest = hashlib.blake2b(repr((__version__, reader, how)).encode())
+    for job in jobs:
+        digest.update(repr((job.split, job.name, *map(tuple, job.references))).encode())
+    return digest.hexdigest()
+
+
 def _stamps(files: Sequence[Path]) -> list[str]:
     stamps = []
     for path in files:

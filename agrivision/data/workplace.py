@@ -1,17 +1,15 @@
 """The folder in which a data set grows: OUT.partial, which becomes OUT in one step when it is whole.
 
-`OUT.partial/.prepare` holds the lock, and a note on each finished shard. The lock is the kernel's
-(flock), so that it ends with the process, however that ends.
+`OUT.partial/.prepare` holds the lock, a note on each finished shard, and what the parts of a job array
+need to know of one another (see `sharing.py`).
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,11 @@ from typing import Any
 
 from agrivision.data.schema import FILE_NAME, Schema
 from agrivision.errors import DatasetError
+from agrivision.locks import FileLock
 from agrivision.storage import storage_error, sync_folder, sync_tree, write_atomically
 
 _OWN = ".prepare"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_AGREEMENT, _LOG = "parts.json", "log"
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,36 @@ class Workplace:
     def _note(self, split: str, shard: str) -> Path:
         return self.folder / _OWN / split / f"{shard}.json"
 
+    def own(self, name: str) -> Path:
+        """A file about the work itself, which goes when the data set is finished."""
+        return self.folder / _OWN / name
+
+    @property
+    def log(self) -> Path:
+        """Which parts began, and which have made their shards."""
+        return self.own(_LOG)
+
+    def agreement(self) -> tuple[str, int] | None:
+        """Digest of the plan that is at work here, and how many parts it has; None without any."""
+        try:
+            content = json.loads(self.own(_AGREEMENT).read_bytes())
+            return str(content["plan"]), int(content["parts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def agree(self, plan: str, parts: int) -> None:
+        """Set down what is at work here from now on, and forget what other parts did.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        try:
+            self.log.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(self.log, error) from error
+        content = json.dumps({"plan": plan, "parts": parts})
+        write_atomically(self.own(_AGREEMENT), content.encode())
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Have the folder for this process alone; what is in it stays when the block fails.
@@ -71,19 +100,22 @@ class Workplace:
             StorageError, NotWritable: the disk refused.
         """
         self.check_free()
-        lock = self.folder / _OWN / "lock"
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("wb")
-        except OSError as error:
-            raise storage_error(self.folder, error) from error
-        with file:
-            self._lock(file.fileno())
+        with self.lock() as lock:
+            if not lock.take(alone=True):
+                raise DatasetError(f"another `prepare` is at work on {self.out}")
             # Whoever had the lock may just have finished: then this file has no name any more.
-            if not _same_file(file.fileno(), lock):
+            if not lock.in_place:
                 raise DatasetError(f"another `prepare` has just finished {self.out}")
             self._check_out()
             yield
+
+    def lock(self) -> FileLock:
+        """Held alone by a whole `prepare`, together by its parts.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        return FileLock(self.own("lock"))
 
     def check_free(self) -> None:
         """Make sure that nothing stands where the data set is to grow and to be.
@@ -92,27 +124,29 @@ class Workplace:
             DatasetError: something does.
         """
         self._check_out()
-        ours = any((self.folder / name).exists() for name in (_OWN, FILE_NAME))
-        if os.path.lexists(self.folder) and not ours:
+        if not self._is_ours():
             raise DatasetError(
                 f"{self.folder} was not made by `prepare`, which needs the name: move it"
             )
+
+    def _is_ours(self) -> bool:
+        """Whether `prepare` made the folder, or may: an empty one may have been made this moment."""
+        try:
+            names = {path.name for path in self.folder.iterdir()}
+        except FileNotFoundError:
+            return not self.folder.is_symlink()
+        except OSError:  # it is a file, or what it is to stand in is
+            return not os.path.lexists(self.folder)
+        return not names or _OWN in names or FILE_NAME in names
 
     def _check_out(self) -> None:
         if os.path.lexists(self.out):
             raise DatasetError(f"{self.out} exists already: remove it, or name another folder")
 
-    def _lock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatasetError(f"another `prepare` is at work on {self.out}") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:  # some cluster file systems have none: then do without
-                raise storage_error(self.folder, error) from error
-
-    def tidy(self, shards: dict[str, list[str]]) -> None:
+    def tidy(self, shards: Mapping[str, Collection[str]]) -> None:
         """Make the folders of the splits, and remove whatever an earlier attempt left besides.
+
+        To be called by a process that is alone here.
 
         Args:
             shards: names of the shards by split.
@@ -120,7 +154,7 @@ class Workplace:
         Raises:
             StorageError, NotWritable: the disk refused.
         """
-        wanted = {self.folder / _OWN / "lock"}
+        wanted = {path for path in (self.folder / _OWN).glob("*") if not path.name.startswith(".")}
         for split, names in shards.items():
             for name in names:
                 wanted |= {self._note(split, name), *self.shard(split, name)}
@@ -131,11 +165,34 @@ class Workplace:
                 elif path.is_dir() and not path.is_symlink():
                     with suppress(OSError):  # not empty
                         path.rmdir()
-            for split in shards:
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
+        self.make_folders(shards)
+
+    def make_folders(self, splits: Collection[str]) -> None:
+        """Make the folders of the splits, also beside others that do the same.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        try:
+            for split in splits:
                 self.split(split).mkdir(exist_ok=True)
                 self._note(split, "").parent.mkdir(exist_ok=True)
         except OSError as error:
             raise storage_error(self.folder, error) from error
+
+    def missing(self, shards: Mapping[str, Collection[str]]) -> int:
+        """How many of these shards have no note yet.
+
+        Args:
+            shards: names by split.
+        """
+        # Listed and not asked for one by one: a network file system remembers what was not there.
+        return sum(
+            len(set(names) - {note.stem for note in self._note(split, "").parent.glob("*.json")})
+            for split, names in shards.items()
+        )
 
     def shard(self, split: str, name: str) -> tuple[Path, Path]:
         """The files of a shard."""
@@ -143,7 +200,7 @@ class Workplace:
         return folder / f"{name}.tar", folder / f"{name}.index.npy"
 
     def finish(self, schema: Schema) -> None:
-        """Describe the data set, remove the notes and give the folder its name.
+        """Describe the data set and give the folder its name; the notes go last.
 
         Raises:
             DatasetError: OUT came into being meanwhile.
@@ -158,21 +215,25 @@ class Workplace:
             for path in self.folder.rglob("*"):  # shards of tiles that all turned out to be empty
                 if path.is_file() and path not in files and not path.is_relative_to(own):
                     path.unlink()
-            sync_tree(self.folder)
-            shutil.rmtree(own)
             for path in self.folder.iterdir():
-                if path.is_dir() and path.name not in schema.splits:
+                if path.is_dir() and path.name not in schema.splits and path != own:
                     path.rmdir()
-            sync_folder(self.folder)
+            sync_tree(self.folder)
             self._check_out()
             self.folder.rename(self.out)
             sync_folder(self.out.parent)
         except OSError as error:
             raise storage_error(self.out, error) from error
 
+    def sweep(self) -> None:
+        """Remove what is no part of a finished data set, as far as that can be done.
 
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        To be called without a lock: NFS keeps a removed file that is open under another name.
+        """
+        if (self.out / FILE_NAME).is_file():
+            shutil.rmtree(self.out / _OWN, ignore_errors=True)
+            with suppress(OSError):  # what a part made that came too late: locks and nothing else
+                for path in (self.folder / _OWN).iterdir():
+                    path.unlink()
+                (self.folder / _OWN).rmdir()
+                self.folder.rmdir()

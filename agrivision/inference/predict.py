@@ -6,18 +6,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agrivision.data.schema import FILE_NAME
 from agrivision.data.sources.layouts import LAYOUTS
 from agrivision.data.sources.pairs import DRIVERS
 from agrivision.errors import BadInput, SourceError
 from agrivision.inference.scenes import check_outputs, count_windows, predict_scene
-from agrivision.inference.tiles import PRESENCE, SUBMISSION, make_folder, predict_tiles
-from agrivision.inference.tilesets import Tiles, check_keys, open_dataset, open_folder
+from agrivision.inference.tiles import LABELS, PRESENCE, SUBMISSION, make_folder, predict_tiles, shares
+from agrivision.inference.tilesets import Tiles, check_keys, grouped, open_dataset, open_folder
 from agrivision.inference.trained import Description, TrainedModel
 from agrivision.inference.windows import Tiling, look
 from agrivision.model.precision import Precision
 from agrivision.monitor.progress import Progress, progress
+from agrivision.part import WHOLE, Part, Stop, never
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +62,25 @@ class PredictSummary:
         out: the folder.
         tiles: number of class-id PNGs.
         maps: GeoTIFFs of the scenes.
+        missing: tiles of other parts without which there is no submission yet.
     """
 
     out: Path
     tiles: int
     maps: tuple[Path, ...]
+    missing: int = 0
 
     def lines(self) -> list[str]:
         """For people."""
         lines = [str(path) for path in self.maps[:_SHOWN]]
         if len(self.maps) > _SHOWN:
             lines.append(f"and {len(self.maps) - _SHOWN} more maps in {self.out}")
-        if self.tiles:
+        if self.missing:
+            lines.append(
+                f"{self.tiles} tiles in {self.out / LABELS}; {self.missing} of other parts are still"
+                " missing"
+            )
+        elif self.tiles:
             lines.append(f"{self.tiles} tiles in {self.out / SUBMISSION}, with {self.out / PRESENCE}")
         return lines
 
@@ -90,8 +99,14 @@ def predict(
     out: Path,
     options: PredictOptions,
     bar: Progress | None = None,
+    *,
+    part: Part = WHOLE,
+    stop: Stop = never,
 ) -> PredictSummary:
     """Predict tiles and scenes; everything that can be checked beforehand is.
+
+    What is in `out` already, made of the same inputs by the same weights and options, is not made
+    again: the same call goes on where it was interrupted. `out/.predict` holds what is known of it.
 
     Args:
         trained: the network.
@@ -102,31 +117,48 @@ def predict(
             at once when its successor is whole; any others are left alone.
         options: how.
         bar: entered already; it is told how much there is to do, in tiles and windows.
+        part: which scenes and batches of tiles to predict, beside processes that predict the others
+            into the same folder. The one that finds all tiles there writes `submission.zip` and
+            `presence.csv`.
+        stop: whether to stop before the next batch.
 
     Raises:
+        BadInput: another process predicts the same.
         SourceError: an input is of no known kind, does not fit the network or cannot be read.
         DatasetError: a prepared data set lacks the split, or is damaged.
+        Interrupted: asked to stop; the same call goes on.
         StorageError, NotWritable: the disk refused.
     """
     found = _find(inputs, out, options, trained.description)
     check_keys(found.tiles)
     check_outputs(found.scenes, out)
-    scenes = [look(path, trained.description) for path in found.scenes]
+    paths = [path for place, path in enumerate(found.scenes) if part.takes(place)]
+    scenes = [look(path, trained.description) for path in paths]
     tiling = Tiling.of(trained.description, options.tile, options.margin)
-    tiles = sum(len(each.keys) for each in found.tiles)
+    tiles = _count_tiles(found.tiles, options.batch_size, part)
     bar = bar or progress("predicting", unit="tile", show=False)
     bar.total(tiles + sum(count_windows(scene, tiling) for scene in scenes))
-    how = {"batch_size": options.batch_size, "threads": options.threads}
+    how: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "threads": options.threads,
+        "precision": options.precision,
+        "report": bar.advance,
+        "stop": stop,
+    }
     make_folder(out)
-    if tiles:
-        predict_tiles(trained, found.tiles, out, **how, precision=options.precision, report=bar.advance)
-    maps = [
-        predict_scene(
-            trained, scene, out, tiling, **how, precision=options.precision, report=bar.advance
-        )
-        for scene in scenes
-    ]
-    return PredictSummary(out=out, tiles=tiles, maps=tuple(maps))
+    missing = 0
+    if any(each.keys for each in found.tiles):
+        missing = predict_tiles(trained, found.tiles, out, **how, part=part)
+    maps = [predict_scene(trained, scene, out, tiling, **how) for scene in scenes]
+    return PredictSummary(out=out, tiles=tiles, maps=tuple(maps), missing=missing)
+
+
+def _count_tiles(sets: Sequence[Tiles], batch_size: int, part: Part) -> int:
+    count = 0
+    for tiles, groups in shares(sets, batch_size, part):
+        keys = grouped(tiles, batch_size)
+        count += sum(len(keys[group]) for group in groups)
+    return count
 
 
 def _find(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Generator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +18,20 @@ from numpy.typing import NDArray
 
 from agrivision.data.parts import geodata
 from agrivision.data.sources.rasters import opened, windows
-from agrivision.data.sources.source import Flaw, Window
-from agrivision.errors import SourceError, StorageError
+from agrivision.data.sources.source import Flaw
+from agrivision.errors import Interrupted, SourceError, StorageError
 from agrivision.inference.ahead import one_ahead
+from agrivision.inference.journal import FOLDER, Journal, fingerprint, remove_leftovers, stamp
 from agrivision.inference.quicklook import write_quicklook
 from agrivision.inference.trained import TrainedModel
 from agrivision.inference.windows import Scene, Tiling, read_window, unreadable
 from agrivision.model.precision import Precision
 from agrivision.monitor.pictures import PALETTE
-from agrivision.storage import storage_error, sync_folder
+from agrivision.part import Stop, never
+from agrivision.storage import storage_error, sync_folder, write_atomically
 
 NODATA = 255
+SCENES = "scenes"  # folder of what is known of them, in OUT/.predict
 _BLOCK = 512  # pixels
 
 
@@ -34,21 +40,12 @@ class _Cut:
     """A window as it was read.
 
     Attributes:
-        window: in pixels of the scene; it may reach beyond the edge.
         pixels: (bands, height, width), margin included.
         valid: bool, of the part of the window that lies in the scene.
     """
 
-    window: Window
     pixels: NDArray[Any]
     valid: NDArray[np.bool_]
-
-    @property
-    def slices(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows and columns of that part in the scene, ends excluded."""
-        x, y = self.window[:2]
-        rows, columns = self.valid.shape
-        return (y, y + rows), (x, x + columns)
 
 
 def count_windows(scene: Scene, tiling: Tiling) -> int:
@@ -93,8 +90,12 @@ def predict_scene(
     threads: int,
     precision: Precision,
     report: Callable[[int], None],
+    stop: Stop = never,
 ) -> Path:
     """Write the map of a scene and a picture of both; memory does not grow with the scene.
+
+    A map that is there already, of the same scene by the same weights and options, is left as it is.
+    An interrupted one goes on with the next batch of windows.
 
     Args:
         trained: the network.
@@ -105,47 +106,64 @@ def predict_scene(
         threads: with any, one reads the next batch while the network computes.
         precision: of the forward pass.
         report: called with the number of windows finished since the last call.
+        stop: whether to stop before the next batch.
 
     Returns:
         The map: one band of uint8 class ids, 255 where the scene has no data, with the scene's size,
         coordinate system and transform, a colour table, and tags with the names of the classes.
 
     Raises:
+        BadInput: another process predicts the scene into the same folder.
         SourceError: the scene cannot be read.
+        Interrupted: asked to stop; finished windows are kept.
         StorageError, NotWritable: the disk refused.
     """
     target, picture = outputs(scene.path, out)
-    beside = target.with_name(f".{target.stem}.{os.getpid()}.part.tif")
-    try:
-        _check_writable(beside)
-        with opened(scene.path) as dataset:
-            cuts = _read_cuts(dataset, scene, tiling, batch_size)
-            with closing(one_ahead(cuts) if threads else cuts) as batches:
-                digests = _write_map(
-                    beside,
-                    dataset,
-                    trained,
-                    batches,
-                    tiling=tiling,
-                    precision=precision,
-                    report=report,
-                )
-            _check_written(beside, target, digests)
-            sync_folder(beside)
-            beside.replace(target)
-            sync_folder(out)
-            with opened(target) as finished:
-                write_quicklook(picture, dataset, scene, finished, trained.description)
-    except Flaw as flaw:
-        raise unreadable(flaw) from None
-    except geodata().errors.RasterioError as error:  # reading gives a Flaw: this is from writing
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise StorageError(f"cannot write {target}: {reason}") from None
-    except OSError as error:
-        raise storage_error(target, error) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    digest = fingerprint(trained, batch_size, precision, tiling, scene, stamp(scene.path))
+    note = out / FOLDER / SCENES / f"{target.name}.json"
+    if _is_finished(note, digest, (target, picture)):
+        report(count_windows(scene, tiling))
+        return target
+    path = note.with_name(f"{target.name}.windows")
+    with Journal(path, digest, f"{scene.path} into {out}") as journal:
+        remove_leftovers(out, (target.stem, picture.name))
+        try:
+            with opened(scene.path) as dataset:
+                cuts = _read_cuts(dataset, scene, tiling, batch_size, skip=journal.count)
+                report(min(journal.count * batch_size, count_windows(scene, tiling)))
+                with closing(one_ahead(cuts) if threads else cuts) as batches:
+                    for batch in batches:
+                        if stop():
+                            raise Interrupted(
+                                "stopped; finished windows are kept, and the same command goes on"
+                            )
+                        maps = _predict(trained, batch, tiling, precision)
+                        journal.append(zlib.compress(b"".join(map(np.ndarray.tobytes, maps)), 1))
+                        report(len(batch))
+                _write_map(target, dataset, trained, _strips(scene, tiling, batch_size, journal))
+                with opened(target) as finished:
+                    write_quicklook(picture, dataset, scene, finished, trained.description)
+        except Flaw as flaw:
+            raise unreadable(flaw) from None
+        digests = {file.name: _digest_of(file) for file in (target, picture)}
+        write_atomically(note, json.dumps({"digest": digest, "files": digests}).encode())
+        journal.remove()
     return target
+
+
+def _is_finished(note: Path, digest: str, files: Sequence[Path]) -> bool:
+    """Whether the files were written under this digest, and are still what was written."""
+    try:
+        content = json.loads(note.read_bytes())
+        digests = {file.name: _digest_of(file) for file in files}
+    except (OSError, ValueError):
+        return False
+    return bool(content == {"digest": digest, "files": digests})
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _check_writable(beside: Path) -> None:
@@ -155,40 +173,71 @@ def _check_writable(beside: Path) -> None:
 
 
 def _read_cuts(
-    dataset: Any, scene: Scene, tiling: Tiling, batch_size: int
+    dataset: Any, scene: Scene, tiling: Tiling, batch_size: int, skip: int
 ) -> Generator[list[_Cut], None, None]:
+    """The windows batch by batch, without those of the first batches."""
     whole = windows(scene.height, scene.width, tiling.tile, tiling.tile)
-    for start in range(0, len(whole), batch_size):
+    for start in range(skip * batch_size, len(whole), batch_size):
         cuts = []
         for window in whole[start : start + batch_size]:
             pixels, valid = read_window(dataset, scene, window, tiling.margin)
-            cuts.append(_Cut(window=window, pixels=pixels, valid=valid))
+            cuts.append(_Cut(pixels=pixels, valid=valid))
         yield cuts
 
 
-_Digests = list[tuple[tuple[tuple[int, int], tuple[int, int]], int]]
+def _strips(
+    scene: Scene, tiling: Tiling, batch_size: int, journal: Journal
+) -> Iterator[NDArray[np.uint8]]:
+    """The map from the journal, top down, in strips (rows, width) of the height of a file's blocks.
+
+    Written so, each block is written once and in order: the same bytes, however the work was
+    interrupted and however much memory GDAL may use.
+    """
+    whole = windows(scene.height, scene.width, tiling.tile, tiling.tile)
+    waiting = np.empty((0, scene.width), np.uint8)
+    row = np.empty((0, 0), np.uint8)
+    for number, record in enumerate(journal.records()):
+        content, start = np.frombuffer(zlib.decompress(record), np.uint8), 0
+        for x, y, x2, y2 in whole[number * batch_size : (number + 1) * batch_size]:
+            height, width = min(y2, scene.height) - y, min(x2, scene.width) - x
+            if x == 0:
+                row = np.empty((height, scene.width), np.uint8)
+            row[:, x : x + width] = content[start : start + height * width].reshape(height, width)
+            start += height * width
+            if x2 >= scene.width:
+                waiting = np.concatenate([waiting, row])
+        while len(waiting) >= _BLOCK:
+            yield waiting[:_BLOCK]
+            waiting = waiting[_BLOCK:]
+    if len(waiting):
+        yield waiting
 
 
 def _write_map(
-    path: Path,
-    dataset: Any,
-    trained: TrainedModel,
-    batches: Generator[list[_Cut], None, None],
-    *,
-    tiling: Tiling,
-    precision: Precision,
-    report: Callable[[int], None],
-) -> _Digests:
-    """Write the map; returns the checksum of every window."""
-    digests: _Digests = []
-    with geodata().open(path, "w", **_profile(dataset)) as map_:
-        _describe(map_, dataset, trained)
-        for cuts in batches:
-            for cut, ids in zip(cuts, _predict(trained, cuts, tiling, precision), strict=True):
-                map_.write(ids, 1, window=cut.slices)
-                digests.append((cut.slices, xxhash.xxh3_64_intdigest(ids.data)))
-            report(len(cuts))
-    return digests
+    target: Path, dataset: Any, trained: TrainedModel, strips: Iterator[NDArray[np.uint8]]
+) -> None:
+    """Write the map beside its place, read it back, and put it there."""
+    beside = target.with_name(f".{target.stem}.{os.getpid()}.part.tif")
+    try:
+        _check_writable(beside)
+        digests = []
+        with geodata().open(beside, "w", **_profile(dataset)) as map_:
+            _describe(map_, dataset, trained)
+            for number, strip in enumerate(strips):
+                rows = (number * _BLOCK, number * _BLOCK + len(strip))
+                map_.write(strip, 1, window=(rows, (0, dataset.width)))
+                digests.append((rows, xxhash.xxh3_64_intdigest(np.ascontiguousarray(strip).data)))
+        _check_written(beside, target, digests)
+        sync_folder(beside)
+        beside.replace(target)
+        sync_folder(target.parent)
+    except geodata().errors.RasterioError as error:  # reading gives a Flaw: this is from writing
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise StorageError(f"cannot write {target}: {reason}") from None
+    except OSError as error:
+        raise storage_error(target, error) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _profile(dataset: Any) -> dict[str, Any]:
@@ -239,7 +288,7 @@ def _predict(
     return maps
 
 
-def _check_written(path: Path, target: Path, digests: _Digests) -> None:
+def _check_written(path: Path, target: Path, digests: Sequence[tuple[tuple[int, int], int]]) -> None:
     """Read the map back: rasterio closes a file in silence when the disk is full.
 
     Raises:
@@ -247,9 +296,10 @@ def _check_written(path: Path, target: Path, digests: _Digests) -> None:
     """
     try:
         with opened(path) as map_:
+            columns = (0, map_.width)
             whole = all(
-                xxhash.xxh3_64_intdigest(map_.read(1, window=slices).data) == digest
-                for slices, digest in digests
+                xxhash.xxh3_64_intdigest(map_.read(1, window=(rows, columns)).data) == digest
+                for rows, digest in digests
             )
     except (Flaw, geodata().errors.RasterioError):
         whole = False

@@ -4,26 +4,49 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from agrivision.errors import NotWritable
+from agrivision.errors import Interrupted, NotWritable
 from agrivision.evaluation.presence import tile_scores
-from agrivision.inference.tilesets import TileBatch, Tiles
+from agrivision.inference.journal import FOLDER, Journal, fingerprint, read_records, remove_leftovers
+from agrivision.inference.tilesets import TileBatch, Tiles, grouped
 from agrivision.inference.trained import TrainedModel
+from agrivision.locks import FileLock
 from agrivision.model.precision import Precision
+from agrivision.part import WHOLE, Part, Stop, never
 from agrivision.storage import replacing, storage_error, write_atomically
 
 LABELS, SUBMISSION, PRESENCE = "labels", "submission.zip", "presence.csv"
+_POLL_SECONDS = 0.2
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can hold
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A tile that was predicted.
+
+    Attributes:
+        identity: of what was read.
+        png: XXH3-64 of its file.
+        scores: of presence, by class.
+    """
+
+    identity: str
+    png: str
+    scores: list[float]
 
 
 def predict_tiles(
@@ -35,10 +58,13 @@ def predict_tiles(
     threads: int,
     precision: Precision,
     report: Callable[[int], None],
-) -> None:
-    """Write the class-id PNGs of tiles, a zip of them and the table of presence.
+    part: Part = WHOLE,
+    stop: Stop = never,
+) -> int:
+    """Write the class-id PNGs of a part's tiles; where all are there, a zip and the table of presence.
 
-    Files in `out` of the same names are replaced one by one; any others stay as they are.
+    Files in `out` of the same names are replaced one by one; any others stay as they are. What an
+    interrupted prediction with the same weights and options has done is not done again.
 
     Args:
         trained: the network.
@@ -48,30 +74,133 @@ def predict_tiles(
         threads: that decode and write; 0 decodes in the caller's.
         precision: of the forward pass.
         report: called with the number of tiles finished since the last call.
+        part: which groups of tiles to predict.
+        stop: whether to stop before the next batch.
+
+    Returns:
+        How many tiles of other parts are still missing.
 
     Raises:
+        BadInput: another process predicts the same part.
         SourceError, DatasetError: an image cannot be read.
+        Interrupted: asked to stop; what is finished is kept.
         StorageError, NotWritable: the disk refused.
     """
     folder = out / LABELS
     make_folder(folder)
-    rows: dict[str, list[float]] = {}
-    with ThreadPoolExecutor(max(threads, 1), "write") as pool:
-        writing: list[Future[None]] = []
-        for tiles in sets:
-            with closing(tiles.batches(batch_size, threads, trained.device)) as batches:
-                for batch in batches:
-                    ids, found = _predict(trained, batch, precision)
-                    _wait(writing)
-                    writing = [
-                        pool.submit(_write_ids, folder / f"{key}.png", tile)
-                        for key, tile in zip(batch.keys, ids, strict=True)
-                    ]
-                    rows |= zip(batch.keys, found, strict=True)
-                    report(len(batch.keys))
-        _wait(writing)
-    write_submission(out / SUBMISSION, folder, rows)
-    _write_presence(out / PRESENCE, rows, trained.description.classes)
+    state, digest = out / FOLDER / LABELS, fingerprint(trained, batch_size, precision)
+    with Journal(state / f"{part.number}-of-{part.of}", digest, f"part {part} into {out}") as journal:
+        before = _found_in(state, digest)
+        for tiles, groups in shares(sets, batch_size, part):
+            keys = grouped(tiles, batch_size)
+            left = [number for number in groups if not _are_there(keys[number], tiles, before, folder)]
+            remove_leftovers(folder, {f"{key}.png" for number in left for key in keys[number]})
+            report(sum(len(keys[number]) for number in groups) - sum(len(keys[n]) for n in left))
+            with closing(tiles.batches(left, batch_size, threads, trained.device)) as batches:
+                predicted = _predicted(trained, batches, precision, stop)
+                with ThreadPoolExecutor(max(threads, 1), "write") as pool:
+                    for count in _write(predicted, folder, tiles, journal, pool):
+                        report(count)
+        journal.sync()
+    return _join(sets, out, digest, trained.description.classes, stop)
+
+
+def shares(sets: Sequence[Tiles], batch_size: int, part: Part) -> Iterator[tuple[Tiles, Sequence[int]]]:
+    """Which groups of each set are a part's: by their place among the groups of all sets."""
+    start = 0
+    for tiles in sets:
+        count = len(grouped(tiles, batch_size))
+        yield tiles, [group for group in range(count) if part.takes(start + group)]
+        start += count
+
+
+_Predicted = tuple[Sequence[str], NDArray[np.uint8], list[list[float]]]
+
+
+def _predicted(
+    trained: TrainedModel, batches: Iterable[TileBatch], precision: Precision, stop: Stop
+) -> Iterator[_Predicted]:
+    for batch in batches:
+        if stop():
+            raise Interrupted("stopped; finished tiles are kept, and the same command goes on")
+        yield (batch.keys, *_predict(trained, batch, precision))
+
+
+def _write(
+    predicted: Iterable[_Predicted],
+    folder: Path,
+    tiles: Tiles,
+    journal: Journal,
+    pool: ThreadPoolExecutor,
+) -> Iterator[int]:
+    """Write PNGs while the next batch is predicted; note each batch when its files are there.
+
+    Yields:
+        How many tiles were predicted.
+    """
+    writing: list[tuple[str, list[float], Future[str]]] = []
+    try:
+        for keys, ids, scores in predicted:
+            _note(writing, tiles, journal)
+            files = [
+                pool.submit(_write_ids, folder / f"{key}.png", tile)
+                for key, tile in zip(keys, ids, strict=True)
+            ]
+            writing = list(zip(keys, scores, files, strict=True))
+            yield len(keys)
+    finally:
+        _note(writing, tiles, journal)
+
+
+def _note(
+    writing: Sequence[tuple[str, list[float], Future[str]]], tiles: Tiles, journal: Journal
+) -> None:
+    rows = [(key, tiles.identity(key), file.result(), scores) for key, scores, file in writing]
+    if rows:
+        journal.append(json.dumps(rows).encode())
+
+
+def _found_in(state: Path, digest: str) -> dict[str, _Found]:
+    """What the journals of all parts hold, however many parts there were."""
+    found: dict[str, _Found] = {}
+    for path in sorted(state.glob("*-of-*")):
+        for record in read_records(path, digest):
+            for key, identity, png, scores in json.loads(record):
+                found[key] = _Found(identity, png, scores)
+    return found
+
+
+def _are_there(keys: Iterable[str], tiles: Tiles, found: Mapping[str, _Found], folder: Path) -> bool:
+    return all(_is_there(key, tiles, found, folder) for key in keys)
+
+
+def _is_there(key: str, tiles: Tiles, found: Mapping[str, _Found], folder: Path) -> bool:
+    """Whether a tile was predicted, from what is there now, and its file is still the one written."""
+    row = found.get(key)
+    if row is None or row.identity != tiles.identity(key):
+        return False
+    try:
+        return xxhash.xxh3_64_hexdigest((folder / f"{key}.png").read_bytes()) == row.png
+    except OSError:
+        return False
+
+
+def _join(sets: Sequence[Tiles], out: Path, digest: str, classes: Sequence[str], stop: Stop) -> int:
+    """Write what is made of all tiles, if they are there; returns how many are not."""
+    with FileLock(out / FOLDER / "join") as lock:
+        while not lock.take(alone=True):
+            if stop():
+                raise Interrupted("stopped while waiting for another part: the same command goes on")
+            time.sleep(_POLL_SECONDS)
+        found = _found_in(out / FOLDER / LABELS, digest)
+        folder = out / LABELS
+        missing = sum(not _is_there(key, tiles, found, folder) for tiles in sets for key in tiles.keys)
+        if not missing:
+            remove_leftovers(out, (SUBMISSION, PRESENCE))
+            rows = {key: found[key].scores for tiles in sets for key in tiles.keys}
+            write_submission(out / SUBMISSION, folder, rows)
+            _write_presence(out / PRESENCE, rows, classes)
+    return missing
 
 
 def make_folder(folder: Path) -> None:
@@ -88,11 +217,6 @@ def make_folder(folder: Path) -> None:
         raise storage_error(folder, error) from error
 
 
-def _wait(writing: Iterable[Future[None]]) -> None:
-    for future in writing:
-        future.result()
-
-
 @torch.inference_mode()
 def _predict(
     trained: TrainedModel, batch: TileBatch, precision: Precision
@@ -104,11 +228,12 @@ def _predict(
     return ids, scores.tolist()
 
 
-def _write_ids(path: Path, ids: NDArray[np.uint8]) -> None:
-    """Write a PNG of one grey band, 8 bits, whose values are class ids."""
+def _write_ids(path: Path, ids: NDArray[np.uint8]) -> str:
+    """Write a PNG of one grey band, 8 bits, whose values are class ids; returns its XXH3-64."""
     content = io.BytesIO()
     Pillow.fromarray(ids).save(content, "PNG")
     write_atomically(path, content.getvalue())
+    return xxhash.xxh3_64_hexdigest(content.getbuffer())
 
 
 def write_submission(path: Path, folder: Path, keys: Iterable[str]) -> None:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from agrivision.data.labels import VALID_BIT
 from agrivision.data.loader import evaluation_batches
 from agrivision.data.schema import Schema
-from agrivision.data.shards import SplitReader
+from agrivision.data.shards import Shard, SplitReader
 from agrivision.data.sources.agriculture_vision import BANDS, iterate_images
 from agrivision.data.sources.layouts import STRAY, SplitFolder, find_layouts, pair, require
 from agrivision.data.tile import is_key
 from agrivision.errors import SourceError
 from agrivision.inference.ahead import one_ahead
+from agrivision.inference.journal import stamp
 from agrivision.inference.trained import Description
 from agrivision.world import World
-
-_WAITING_BATCHES = 4  # of tiles of other sizes that are kept until their batch is full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,36 @@ class Tiles(Protocol):
 
     @property
     def keys(self) -> Sequence[str]:
-        """Names of all tiles."""
+        """Names of all tiles, in an order that does not change."""
+
+    def identity(self, key: str) -> str:
+        """Of what is read for a tile: another one where that has changed."""
 
     def batches(
-        self, batch_size: int, threads: int, device: torch.device
+        self, groups: Sequence[int], batch_size: int, threads: int, device: torch.device
     ) -> Generator[TileBatch, None, None]:
-        """All tiles, each once."""
+        """The tiles of some groups (see `grouped`), each once, in batches that depend on the group."""
+
+
+def grouped(tiles: Tiles, batch_size: int) -> list[Sequence[str]]:
+    """The keys in groups: as many as go into a batch, one after the other."""
+    keys = tiles.keys
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+
+
+class _SomeTiles(SplitReader):
+    """Some tiles of a split, numbered anew."""
+
+    def __init__(self, folder: Path, schema: Schema, name: str, tiles: Sequence[int]) -> None:
+        super().__init__(folder, schema, name)
+        self._tiles = tiles
+
+    def __len__(self) -> int:
+        return len(self._tiles)
+
+    def locate(self, tile: int) -> tuple[Shard, int]:
+        """See SplitReader."""
+        return super().locate(self._tiles[tile])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +89,42 @@ class PreparedTiles:
     """The tiles of a split of a prepared data set.
 
     Attributes:
-        reader: of the split.
-        place: of the split.
+        folder: of the data set.
+        schema: its description.
+        split: name of the split.
         keys: in the order of the split.
     """
 
-    reader: SplitReader
-    place: str
+    folder: Path
+    schema: Schema
+    split: str
     keys: tuple[str, ...]
 
+    @property
+    def place(self) -> str:
+        """See Tiles."""
+        return str(self.folder / self.split)
+
+    def identity(self, key: str) -> str:  # noqa: ARG002 - the whole data set has one
+        """See Tiles."""
+        return self.schema.fingerprint
+
     def batches(
-        self, batch_size: int, threads: int, device: torch.device
+        self, groups: Sequence[int], batch_size: int, threads: int, device: torch.device
     ) -> Generator[TileBatch, None, None]:
         """See Tiles; in the batches of an evaluation, so that the predictions are the same bits."""
         pinned = device.type == "cuda"
+        numbers = range(len(self.keys))
+        chosen = [tile for group in groups for tile in numbers[group * batch_size :][:batch_size]]
+        reader = _SomeTiles(self.folder, self.schema, self.split, chosen)
         loaded = evaluation_batches(
-            self.reader, World(), batch_size=batch_size, threads=threads, pinned=pinned
+            reader, World(), batch_size=batch_size, threads=threads, pinned=pinned
         )
         with closing(loaded):
             for batch in loaded:
                 pixels = batch.pixels.to(device)
                 yield TileBatch(
-                    keys=[self.keys[tile] for tile in batch.tiles],
+                    keys=[self.keys[chosen[tile]] for tile in batch.tiles],
                     images=pixels.images(),
                     valid=((pixels.label_bits() >> VALID_BIT) & 1).bool(),
                 )
@@ -98,12 +137,22 @@ class FolderTiles:
     Attributes:
         root: of the folder.
         splits: those to take; None for all.
-        keys: in no particular order.
+        folders: of the tiles, by key in the order in which the images are read.
     """
 
     root: Path
     splits: tuple[str, ...] | None
-    keys: tuple[str, ...]
+    folders: Mapping[str, SplitFolder]
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """See Tiles."""
+        return tuple(self.folders)
+
+    def identity(self, key: str) -> str:
+        """See Tiles; by the sizes and times of the files, masks of validity included."""
+        stamps = "\n".join(stamp(path) for path in self.folders[key].files(key))
+        return xxhash.xxh3_64_hexdigest(stamps.encode("utf-8", "surrogateescape"))
 
     @property
     def place(self) -> str:
@@ -111,10 +160,15 @@ class FolderTiles:
         return str(self.root)
 
     def batches(
-        self, batch_size: int, threads: int, device: torch.device
+        self, groups: Sequence[int], batch_size: int, threads: int, device: torch.device
     ) -> Generator[TileBatch, None, None]:
         """See Tiles; with any threads, one of them decodes the next batch."""
-        batches = batched(iterate_images(self.root, self.splits), batch_size)
+        keys = grouped(self, batch_size)
+        chosen = {key for group in groups for key in keys[group]}
+        images = iterate_images(self.root, self.splits, chosen)
+        batches = (
+            batch for group in groups for batch in batched(islice(images, batch_size), batch_size)
+        )
         with closing(one_ahead(batches) if threads else batches) as loaded:
             for batch in loaded:
                 yield TileBatch(
@@ -140,8 +194,9 @@ def open_dataset(folder: Path, split: str | None, description: Description) -> l
     readers = [SplitReader(folder, schema, name) for name in names]
     return [
         PreparedTiles(
-            reader=reader,
-            place=str(folder / reader.name),
+            folder=folder,
+            schema=schema,
+            split=reader.name,
             keys=tuple(shard.key(row) for shard in reader.shards() for row in range(len(shard.index))),
         )
         for reader in readers
@@ -166,11 +221,22 @@ def open_folder(root: Path, split: str | None, description: Description) -> Fold
     if split is not None and split not in layouts:
         there = ", ".join(name for name in layouts if name) or "none, its tiles are undivided"
         raise SourceError(f"{root} has no split {split!r}; there are: {there}")
-    keys: list[str] = []
+    folders: dict[str, SplitFolder] = {}
     for name, (folder, layout) in layouts.items():
         if split in (None, name):
-            keys += _complete_keys(layout.images_of(folder))
-    return FolderTiles(root=root, splits=None if split is None else (split,), keys=tuple(keys))
+            images = layout.images_of(folder)
+            for key in _complete_keys(images):
+                _check_new(key, folders, images)
+                folders[key] = images
+    return FolderTiles(root=root, splits=None if split is None else (split,), folders=folders)
+
+
+def _check_new(key: str, folders: Mapping[str, SplitFolder], images: SplitFolder) -> None:
+    if key in folders:
+        raise SourceError(
+            f"the tile {key} is in {folders[key].rgb} and in {images.rgb}: predict one at a time"
+            " (--split), each into a folder of its own"
+        )
 
 
 def _complete_keys(folder: SplitFolder) -> list[str]:
@@ -200,18 +266,14 @@ def batched(
 
     Args:
         tiles: key, image (bands, height, width) and where it is valid (height, width).
-        batch_size: tiles in a batch; fewer at the end, or where too many sizes are waiting.
+        batch_size: tiles in a batch; fewer where no more are of the size.
     """
-    waiting: dict[tuple[int, ...], list[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]] = {}
+    sizes: dict[tuple[int, ...], list[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]] = {}
     for tile in tiles:
-        group = waiting.setdefault(tile[1].shape, [])
-        group.append(tile)
-        too_many = sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size
-        if len(group) == batch_size or too_many:
-            fullest = max(waiting, key=lambda shape: len(waiting[shape]))
-            yield _join(waiting.pop(fullest))
-    for group in waiting.values():
-        yield _join(group)
+        sizes.setdefault(tile[1].shape, []).append(tile)
+    for same in sizes.values():
+        for start in range(0, len(same), batch_size):
+            yield _join(same[start : start + batch_size])
 
 
 def _join(tiles: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]) -> TileBatch:

@@ -488,7 +488,7 @@ def test_the_file_system_of_a_folder() -> None:
             "33 27 0:28 / /scratch rw - lustre mgs:/scratch rw",
         ]
     )
-    places = ["/", "/homes/x", "/home/x", "/home", "/local disk/job", "/local", "/scratch/a"]
+    places = ["/", "/homes/x", "/~x", "/home", "/local disk/job", "/local", "/scratch/a"]
     kinds = ["ext4", "ext4", "nfs4", "nfs4", "xfs", "ext4", "lustre"]
     assert [file_system(Path(place), mounts) for place in places] == kinds
     assert file_system(Path("/"), "") == ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,13 +179,14 @@ def _tile_size(folders: Sequence[SplitFolder], splits: Mapping[str, Sequence[Ref
 
 
 def iterate_images(
-    root: Path, splits: Sequence[str] | None = None
+    root: Path, splits: Sequence[str] | None = None, chosen: Container[str] | None = None
 ) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]:
     """Images of a folder in one of the layouts, to predict on; labels are not needed.
 
     Args:
         root: as for `open_agriculture_vision`.
         splits: those to take, None for all.
+        chosen: ids to take, None for all; no other image is read.
 
     Yields:
         The id, the image (4, height, width) uint8 and where it is valid (height, width) bool;
@@ -204,17 +205,19 @@ def iterate_images(
         if splits is not None and name not in splits:
             continue
         require((folder / layout.rgb, folder / layout.nir))
-        yield from _iterate(layout.images_of(folder))
+        yield from _iterate(layout.images_of(folder), chosen)
 
 
 def _iterate(
-    folder: SplitFolder,
+    folder: SplitFolder, chosen: Container[str] | None
 ) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]]:
     keys, problems = pair(folder)
     serious = [problem for problem in problems if problem.kind != STRAY]
     if serious:
         raise SourceError(f"{serious[0]} (there are {len(serious)} such tiles)")
     for key in keys:
+        if chosen is not None and key not in chosen:
+            continue
         try:
             rgb_path, nir_path = folder.rgb / f"{key}.jpg", folder.nir / f"{key}.jpg"
             content = _content(rgb_path)
