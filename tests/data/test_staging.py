@@ -482,13 +482,13 @@ def test_the_file_system_of_a_folder() -> None:
     mounts = "\n".join(
         [
             "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw",
-            "30 27 0:25 / /home rw shared:5 master:1 - nfs4 server:/home rw",
+            "30 27 0:25 / /nfs rw shared:5 master:1 - nfs4 server:/nfs rw",
             "31 27 0:26 / /local\\040disk rw - xfs /dev/nvme0n1 rw",
             "32 27 0:27 / /scratch rw - ext4 /dev/sda rw",
             "33 27 0:28 / /scratch rw - lustre mgs:/scratch rw",
         ]
     )
-    places = ["/", "/homes/x", "/~x", "/home", "/local disk/job", "/local", "/scratch/a"]
+    places = ["/", "/nfsx/x", "/nfs/x", "/nfs", "/local disk/job", "/local", "/scratch/a"]
     kinds = ["ext4", "ext4", "nfs4", "nfs4", "xfs", "ext4", "lustre"]
     assert [file_system(Path(place), mounts) for place in places] == kinds
     assert file_system(Path("/"), "") == ""
