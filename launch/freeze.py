@@ -7,21 +7,116 @@ batch script, not what it calls.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 import agrivision
 from agrivision.errors import BadInput
+from agrivision.locks import FileLock
 from agrivision.options import parse_train
 from agrivision.storage import remove_tree, storage_error, sync_folder, sync_tree, write_atomically
-from launch.jobdir import JobDirectory
+from launch.jobdir import JobDirectory, JobSpec
+from launch.place import Place
+from launch.turn import earlier_jobs
 
 _PACKAGES = ("agrivision", "launch")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+_COMMANDS = ("train", "prepare", "evaluate", "predict")
+_POLL_SECONDS = 0.1
+
+
+def freeze_submission(
+    words: Sequence[str],
+    place: Place,
+    say: Callable[[str], None],
+    environment: Mapping[str, str] = os.environ,
+) -> JobDirectory:
+    """The job directory of a plain `sbatch`: made when the job first starts, later found.
+
+    Args:
+        words: the command and its arguments, as sbatch was given them.
+        place: of the job.
+        say: called with a line for the user.
+        environment: usually `os.environ`; a test passes a dict.
+
+    Raises:
+        BadInput: an argument or a file is wrong, or another job of the directory runs.
+        StorageError, NotWritable: the disk refused.
+    """
+    command, arguments = (words[0], words[1:]) if words else ("", ())
+    if command not in _COMMANDS:
+        raise BadInput(f"give a command ({', '.join(_COMMANDS)}) and its arguments")
+    if command == "train":
+        run_dir = value_of(arguments, "--run_dir") or str(parse_train(arguments).run_dir)
+        job = JobDirectory.of_run(Path(_absolute(run_dir)))
+    else:
+        job = job_directory(command, arguments, place.task)
+    if _frozen(job, place):
+        return job
+    if command == "train":
+        parse_train(arguments)  # nothing is made of what is wrong
+    job.make()
+    with _alone(job):
+        earlier_jobs(job, place, say)
+        if not _frozen_by_array(job, place):
+            freeze_code(job, again=True)
+        _freeze_spec(job, place, (command, *arguments), environment)
+    return job
+
+
+def _frozen(job: JobDirectory, place: Place) -> bool:
+    return place.job in job.jobs() and job.spec_file.is_file() and job.code.is_dir()
+
+
+def _frozen_by_array(job: JobDirectory, place: Place) -> bool:
+    """Whether another task of the same array has brought the code: its ranks run from it."""
+    array = place.job.partition("_")[0]
+    return place.task is not None and any(name.startswith(f"{array}_") for name in job.jobs())
+
+
+@contextmanager
+def _alone(job: JobDirectory) -> Iterator[None]:
+    """The tasks of an array start at the same time, and share the directory."""
+    with FileLock(job.path / ".lock") as lock:
+        while not lock.take(alone=True):
+            time.sleep(_POLL_SECONDS)
+        yield
+
+
+def _freeze_spec(
+    job: JobDirectory, place: Place, command: tuple[str, ...], environment: Mapping[str, str]
+) -> None:
+    run_dir = ""
+    if command[0] == "train":
+        _, path, command = freeze_train(command[1:])
+        run_dir = str(path)
+    python = shlex.split(environment.get("AGRIVISION_PYTHON", "")) or python_of_this()
+    spec = JobSpec(
+        command=command,
+        python=tuple(python),
+        srun=tuple(shlex.split(environment.get("AGRIVISION_SRUN", ""))),
+        run_dir=run_dir,
+        cwd=str(Path.cwd()),
+        # Somebody who submits again grants the whole number of attempts again.
+        max_attempts=len(job.attempts()) + _number(environment, "AGRIVISION_MAX_ATTEMPTS", 100),
+        signal_seconds=_number(environment, "AGRIVISION_SIGNAL_SECONDS", 0),
+    )
+    job.write_spec(spec)
+    job.submitted(place.job, "sbatch")
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "")
+    if text and not text.isdigit():
+        raise BadInput(f"the environment variable {name} is {text!r}, not a whole number")
+    return int(text) if text else default
 
 
 def freeze_code(job: JobDirectory, *, again: bool = False) -> None:
@@ -34,8 +129,10 @@ def freeze_code(job: JobDirectory, *, again: bool = False) -> None:
     Raises:
         StorageError, NotWritable: the disk refused.
     """
+    if again and job.code.is_symlink():  # a sweep's element: the others keep theirs
+        job.code.unlink()
     if job.code.is_dir():
-        if not again or _runs_from(job.code):
+        if not again or runs_from(job.code):
             return
         remove_tree(job.code)
     beside = job.code.with_name(f".code.{os.getpid()}.part")
@@ -53,7 +150,8 @@ def freeze_code(job: JobDirectory, *, again: bool = False) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _runs_from(folder: Path) -> bool:
+def runs_from(folder: Path) -> bool:
+    """Whether this process's code is that of a folder."""
     return Path(agrivision.__file__).resolve().parents[1] == folder.resolve()
 
 

@@ -6,7 +6,7 @@
     JOB_DIR/config.yaml         of a training run: the complete configuration
     JOB_DIR/submissions.jsonl   one row for each job that Slurm was given
     JOB_DIR/attempts.jsonl      one row for each beginning and each end of an attempt
-    JOB_DIR/endings/            how each rank of the present attempt ended, in its own words
+    JOB_DIR/endings/N/          how each rank of the present attempt N ended, in its own words
     JOB_DIR/slurm-JOB.out       what the job printed
 
 A training run's job directory is `launch/` in its run directory. That of another command stands beside
@@ -97,7 +97,8 @@ class Attempt:
         to_step: latest checkpoint's step when it ended.
         code: exit code; None as `ended`.
         reason: why it ended.
-        decision: what followed: `done`, `requeued`, `successor 18`, `cancelled`, `given up`, …
+        decision: what followed: `done`, `requeued`, `successor 18`, `left completing`, `superseded`,
+            `given up`, `not requeued`.
         preempted: it had to make room for another job.
     """
 
@@ -176,7 +177,7 @@ class JobDirectory:
 
     @property
     def endings(self) -> Path:
-        """How each rank of the present attempt ended."""
+        """A folder for each attempt, in which each rank says how it ended."""
         return self.path / ("endings" if self.task is None else f"endings-{self.task}")
 
     @property
@@ -213,21 +214,32 @@ class JobDirectory:
         """
         write_atomically(self.spec_file, spec.to_json())
 
-    def submitted(self, job: str, by: str) -> None:
+    def submitted(self, job: str, by: str, *, after: str = "") -> None:
         """Note a job that Slurm was given.
 
         Args:
             job: its id.
             by: `launch`, `sbatch`, `resume`, `successor`.
+            after: the job that a successor follows.
 
         Raises:
             StorageError, NotWritable: the disk refused.
         """
-        self._append("submissions.jsonl", {"job": job, "by": by, "time": time.time()})
+        row = {"job": job, "by": by, "time": time.time()}
+        self._append("submissions.jsonl", row | ({"after": after} if after else {}))
 
     def jobs(self) -> list[str]:
         """The ids of all jobs that Slurm was given, oldest first."""
         return [str(row["job"]) for row in self._rows("submissions.jsonl") if "job" in row]
+
+    def lineage(self, job: str) -> set[str]:
+        """A job and those that it succeeded: what one submission by a person has led to."""
+        before = {str(row["job"]): str(row["after"]) for row in self._rows("submissions.jsonl")
+                  if "job" in row and "after" in row}  # fmt: skip
+        found = {job}
+        while (job := before.get(job, "")) and job not in found:
+            found.add(job)
+        return found
 
     def began(self, attempt: Attempt) -> None:
         """Note that an attempt begins.

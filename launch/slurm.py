@@ -6,6 +6,7 @@ Nothing here needs accounting (`sacct`): squeue knows a job until some minutes a
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from agrivision.errors import AgrivisionError, BadInput
 _SECONDS = 60.0  # a controller under load answers late; one that is down is worth no longer wait
 _RUNNING = "RUNNING"
 _FIELDS = ("JobArrayID", "JobID", "State", "Reason", "TimeLeft", "TimeLimit", "NodeList", "StartTime",
-           "PreemptTime")  # fmt: skip
+           "PreemptTime", "RestartCnt")  # fmt: skip
 _COLUMN = 255  # squeue cuts every column at its width
 # What a job hands to its step must not reach a job that it submits: it would ask for the same again.
 _INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")
@@ -41,6 +42,7 @@ class QueuedJob:
         nodes: node list, empty while it is pending.
         start: when it started, or is expected to.
         preempted: it has been asked to make room.
+        restarts: how often it was requeued.
     """
 
     id: str
@@ -51,6 +53,12 @@ class QueuedJob:
     nodes: str
     start: str
     preempted: bool
+    restarts: int = 0
+
+    @property
+    def seconds_left(self) -> int | None:
+        """Until its time limit; None where it has none."""
+        return seconds_of(self.time_left)
 
     @property
     def running(self) -> bool:
@@ -109,10 +117,20 @@ def queue(jobs: Sequence[str]) -> dict[str, QueuedJob]:
             nodes=row["NodeList"],
             start=row["StartTime"],
             preempted=row["PreemptTime"] not in ("", "N/A", "None"),
+            restarts=int(row["RestartCnt"]) if row["RestartCnt"].isdigit() else 0,
         )
         found[job.id] = job
         found.setdefault(row["JobID"], job)
     return found
+
+
+def seconds_of(text: str) -> int | None:
+    """A time as Slurm writes it, `1-02:03:04`, `2:03:04` or `3:04`; None for UNLIMITED and its like."""
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def requeue(job: str) -> None:
@@ -164,10 +182,12 @@ def submit(script: str, options: Sequence[str] = (), arguments: Sequence[str] = 
 def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -> str:
     """Submit a job that asks for what a running one asked for, and starts when that one is over.
 
+    To be called in the running job, whose environment says some of it.
+
     Args:
         job: SLURM_JOB_ID of the running one.
         command: what the new job runs: program and arguments.
-        options: of sbatch, besides those that can be read off the running job.
+        options: of sbatch, besides and before those that can be read off the running job.
 
     Returns:
         The id of the new job.
@@ -175,9 +195,12 @@ def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -
     Raises:
         SlurmError: Slurm refused.
     """
-    script = f"#!/bin/bash\nexec {shlex.join(command)}\n"
-    asked = [f"{flag}={value}" for flag, value in _asked_for(job).items()]
-    words = ["sbatch", "--parsable", *asked, *options, f"--dependency=afterany:{job}"]
+    # What the calling script's umask and traps did is done again; its environment is handed on.
+    script = f"#!/bin/bash\numask 077\ntrap '' TERM USR1 USR2\nexec {shlex.join(command)}\n"
+    given = {option.partition("=")[0] for option in options}
+    asked = _asked_for(job) | _told_by(os.environ)
+    rest = [f"{flag}={value}" if value else flag for flag, value in asked.items() if flag not in given]
+    words = ["sbatch", "--parsable", *options, *rest, f"--dependency=afterany:{job}"]
     done = _call(words, environment=clean_environment(os.environ), text=script)
     return done.stdout.strip().splitlines()[-1].split(";")[0]
 
@@ -185,21 +208,46 @@ def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -
 # Of a job as squeue writes it → what sbatch calls it.
 _ASKED = {
     "Name": "--job-name", "Partition": "--partition", "Account": "--account", "QOS": "--qos",
-    "TimeLimit": "--time", "NumNodes": "--nodes", "cpus-per-task": "--cpus-per-task",
-    "tres-per-node": "--gres", "tres-per-task": "--gpus-per-task", "Feature": "--constraint",
-    "ExcNodes": "--exclude", "Reservation": "--reservation", "Comment": "--comment",
-    "MinMemory": "--mem", "WorkDir": "--chdir", "STDOUT": "--output",
+    "TimeLimit": "--time", "NumNodes": "--nodes", "tres-per-node": "--gres", "tres-per-job": "--gpus",
+    "tres-per-task": "--gpus-per-task", "Feature": "--constraint", "Reservation": "--reservation",
+    "Comment": "--comment", "WorkDir": "--chdir", "STDOUT": "--output",
 }  # fmt: skip
+_LONG_COLUMN = 4096  # for paths
 _NOTHING = {"", "N/A", "(null)", "None", "0"}
+# Of a job as its environment says it.
+_TOLD = {
+    "SLURM_CPUS_PER_TASK": "--cpus-per-task", "SLURM_MEM_PER_NODE": "--mem",
+    "SLURM_MEM_PER_CPU": "--mem-per-cpu", "SLURM_MEM_PER_GPU": "--mem-per-gpu",
+}  # fmt: skip
 
 
 def _asked_for(job: str) -> dict[str, str]:
-    columns = ",".join(f"{name}:{_COLUMN}" for name in _ASKED)
-    done = _call(["squeue", "--noheader", f"--jobs={job}", f"--Format={columns}"])
-    line = done.stdout.splitlines()[0] if done.stdout else ""
-    cells = [line[at : at + _COLUMN].strip() for at in range(0, _COLUMN * len(_ASKED), _COLUMN)]
+    columns = ",".join(f"{name}:{_LONG_COLUMN}" for name in _ASKED)
+    line = _line_about(job, f"--Format={columns}")
+    starts = range(0, _LONG_COLUMN * len(_ASKED), _LONG_COLUMN)
+    cells = [line[at : at + _LONG_COLUMN].strip() for at in starts]
     found = dict(zip(_ASKED.values(), cells, strict=True))
-    return {flag: value for flag, value in found.items() if value not in _NOTHING}
+    for flag in ("--gres", "--gpus", "--gpus-per-task"):  # written as `gres:gpu:2`
+        found[flag] = found[flag].removeprefix("gres:")
+        found[flag] = found[flag] if flag == "--gres" else found[flag].removeprefix("gpu:")
+    if "%a" in found["--output"]:  # the successor of an array's task is a job by itself
+        found["--output"] = found["--output"].replace("%A_%a", "%j").replace("%a", "%j")
+    # `--Format` has no word for these in every version.
+    excluded, shared = _line_about(job, "--format=%x %h").split()[-2:]
+    found["--exclude"] = excluded
+    found = {flag: value for flag, value in found.items() if value not in _NOTHING}
+    return found | ({"--exclusive": ""} if shared == "NO" else {})
+
+
+def _line_about(job: str, form: str) -> str:
+    done = _call(["squeue", "--noheader", f"--jobs={job}", form])
+    if not done.stdout:
+        raise SlurmError(f"squeue says nothing of job {job}")
+    return done.stdout.splitlines()[0]
+
+
+def _told_by(environment: Mapping[str, str]) -> dict[str, str]:
+    return {flag: environment[name] for name, flag in _TOLD.items() if environment.get(name)}
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:

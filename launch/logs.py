@@ -1,0 +1,156 @@
+"""`python -m launch logs`: what a job printed, over its requeues and successors."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import jsonargparse
+
+from agrivision.console import say
+from agrivision.errors import BadInput, ExitCode
+from agrivision.rundir import RunDirectory
+from launch.find import find_one
+from launch.jobdir import JobDirectory
+from launch.poll import poll
+from launch.status import is_over, state_of
+from launch.submit import alive
+
+_POLL_SECONDS = 0.5
+_CHUNK = 1 << 16
+# What launch.batch prints when an attempt begins.
+_BEGINNING = re.compile(rb"^\S+ launch: attempt (\d+) on ", re.MULTILINE)
+
+
+def main(argv: list[str]) -> ExitCode:
+    """`python -m launch logs`."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m launch logs",
+        description="What a job printed, over its requeues and successors.",
+        exit_on_error=False,
+    )
+    parser.add_argument("path", type=str, help="run or job directory, or what a job writes")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job is over")
+    parser.add_argument("--attempt", type=int, default=None, help="only this one; 1 is the first")
+    parser.add_argument("--rank", type=int, default=None, help="a rank's own log instead")
+    args = parser.parse_args(argv)
+    if args.attempt is not None and (args.follow or args.rank is not None):
+        raise BadInput("--attempt goes by itself, without --follow and --rank")
+    out, job = find_one(Path(args.path))
+    if args.attempt is not None:
+        _write(attempt_log(job, args.attempt))
+        return ExitCode.DONE
+    if args.rank is not None:
+        file = RunDirectory(out).log / f"rank-{args.rank}.log"
+        if not file.is_file():
+            raise BadInput(f"there is no {file}")
+        source: Callable[[], Path | None] = lambda: file  # noqa: E731
+    else:
+        source = lambda: log_file(job)  # noqa: E731
+        if source() is None and not args.follow:
+            raise BadInput(f"no log yet in {job.path}: the job has not started (see launch status)")
+    try:
+        for chunk in chunks(source, over=lambda: is_ended(job), follow=args.follow):
+            _write(chunk)
+    except KeyboardInterrupt:
+        say("")
+    return ExitCode.DONE
+
+
+def _write(chunk: bytes) -> None:
+    sys.stdout.buffer.write(chunk)
+    sys.stdout.buffer.flush()
+
+
+def log_file(job: JobDirectory, number: str | None = None) -> Path | None:
+    """The log of one job of a directory, by default of the latest that has one."""
+    jobs = job.jobs() if number is None else [number]
+    # A sweep's elements are one job array, whose logs stand together in the sweep's own folder.
+    folders = [job.path, job.path.parent.parent / job.path.name]
+    with suppress(BadInput):
+        folders.append(Path(job.spec().cwd))  # slurm/*.sbatch write where sbatch was called
+    places = (
+        folder / f"{prefix}-{name}.out"
+        for name in reversed(jobs)
+        for folder in folders
+        for prefix in ("slurm", "agrivision")
+    )
+    return next((file for file in places if file.is_file()), None)
+
+
+def attempt_log(job: JobDirectory, number: int) -> bytes:
+    """What one attempt printed.
+
+    Raises:
+        BadInput: there is no such attempt, or no log of it.
+    """
+    attempts = {attempt.number: attempt for attempt in job.attempts()}
+    if number not in attempts:
+        raise BadInput(f"there is no attempt {number} in {job.path}: there are {len(attempts)}")
+    file = log_file(job, attempts[number].job)
+    if file is None:
+        raise BadInput(f"there is no log of job {attempts[number].job} in {job.path}")
+    content = file.read_bytes()
+    starts = [(int(found[1]), found.start()) for found in _BEGINNING.finditer(content)]
+    for place, (which, start) in enumerate(starts):
+        if which == number:
+            end = starts[place + 1][1] if place + 1 < len(starts) else len(content)
+            return content[start:end]
+    raise BadInput(f"{file} does not say where attempt {number} begins")
+
+
+def chunks(
+    source: Callable[[], Path | None],
+    *,
+    over: Callable[[], bool],
+    follow: bool,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[bytes]:
+    """What stands in a log, and what is added to it; a successor's log comes after its predecessor's.
+
+    Args:
+        source: the log of now; None before there is one.
+        over: whether nothing more will come.
+        follow: wait for more.
+        sleep: seconds.
+    """
+    file, position = None, 0
+    while True:
+        # Asked before reading: what was written before the end is read after it.
+        ended, latest = not follow or over(), source()
+        while file is not None and (chunk := _read(file, position)):
+            position += len(chunk)
+            yield chunk
+        if latest != file:
+            file, position = latest, 0
+            continue
+        if ended:
+            return
+        sleep(_POLL_SECONDS)
+
+
+def _read(file: Path, position: int) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            opened.seek(position)
+            return opened.read(_CHUNK)
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror}") from None
+
+
+def is_ended(job: JobDirectory) -> bool:
+    """Whether nothing more comes of a job's directory by itself."""
+    jobs, attempts = job.jobs(), job.attempts()
+    last = attempts[-1] if attempts else None
+    latest = jobs[-1] if jobs else ""
+    if is_over(state_of(latest, last, None)):
+        return True
+    answer = poll([latest]) if latest else None
+    if answer is None or answer.problem:
+        return False
+    found = answer.jobs.get(latest)
+    return found is None or not alive(found)

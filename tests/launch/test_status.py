@@ -1,0 +1,260 @@
+"""What status shows: from Slurm where it knows, from the job's own files where it has forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from agrivision.errors import BadInput
+from launch.__main__ import main
+from launch.find import find, find_one
+from launch.freeze import freeze_train
+from launch.jobdir import Attempt, JobDirectory, JobSpec
+from launch.poll import SECONDS, poll
+from launch.slurm import QueuedJob, SlurmError
+from launch.status import Row, explain, report, state_of, total_steps, why
+from tests.launch.conftest import FakeSlurm, queued
+
+ATTEMPT = Attempt(number=1, job="7", nodes=("n1",), tasks=2, began=1.0)
+
+
+def ended(
+    decision: str, *, code: int = 85, number: int = 1, job: str = "7", reason: str = ""
+) -> Attempt:
+    return dataclasses.replace(
+        ATTEMPT, number=number, job=job, ended=2.0, code=code, decision=decision, reason=reason
+    )
+
+
+def write(
+    job: JobDirectory, *, command: Sequence[str] = ("predict",), run_dir: str = ""
+) -> JobDirectory:
+    job.make()
+    job.write_spec(JobSpec(command=tuple(command), python=("python",), run_dir=run_dir))
+    return job
+
+
+@pytest.mark.parametrize(
+    ("last", "now", "state"),
+    [
+        (None, queued("7", "PENDING"), "pending"),
+        (ended("requeued"), queued("7", "PENDING"), "pending"),
+        (ATTEMPT, queued("7"), "running"),
+        (ended("done", code=0), queued("7", "COMPLETING"), "completing"),
+        (ended("done", code=0), queued("7", "COMPLETED"), "done"),
+        (ended("done", code=0), None, "done"),
+        (ended("given up"), queued("7", "FAILED"), "given up"),
+        (ended("given up"), None, "given up"),
+        (ended("left completing"), queued("7", "CANCELLED"), "cancelled"),
+        (ended("left completing"), None, "cancelled"),
+        (ATTEMPT, queued("7", "CANCELLED"), "cancelled"),
+        (ATTEMPT, queued("7", "NODE_FAIL"), "node_fail"),
+        (ATTEMPT, None, "lost"),
+        (ended("requeued"), None, "lost"),
+        (None, queued("7", "CANCELLED"), "cancelled"),
+        (None, None, "ended"),
+        (ended("successor 7", job="6"), None, "ended"),
+    ],
+)
+def test_states(last: Attempt | None, now: QueuedJob | None, state: str) -> None:
+    assert state_of("7", last, now) == state
+
+
+def test_why_a_job_waits_or_ended() -> None:
+    waiting = queued("7", "PENDING", "Resources", start="2030-01-01T00:00:00")
+    assert (
+        why(None, waiting) == "Resources: next in line, waiting for nodes, starts 2030-01-01T00:00:00"
+    )
+    assert why(ATTEMPT, queued("7")) == ""
+    assert why(ended("given up", code=1, reason="rank 0: no data"), None) == "rank 0: no data"
+    assert why(ended("left completing"), None) == "asked to stop, and saved"
+    assert why(ended("done", code=0), None) == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "meaning"),
+    [
+        ("Priority", "Priority: others are before it"),
+        ("DependencyNeverSatisfied", "resume that one"),
+        ("QOSMaxJobsPerUserLimit", "quality of service"),
+        ("AssocGrpGRES", "account"),
+        ("ReqNodeNotAvail, UnavailableNodes:n3", "ReqNodeNotAvail: a node"),
+        ("SomethingNew", "SomethingNew"),
+        ("None", "not looked at yet"),
+    ],
+)
+def test_reasons_in_words(word: str, meaning: str) -> None:
+    assert meaning in explain(word)
+
+
+class Controller:
+    """Counts how often it is asked, and what for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.now = 1000.0
+
+    def ask(self, jobs: list[str]) -> dict[str, QueuedJob]:
+        self.asked.append(jobs)
+        return {job: queued(job) for job in jobs if job != "9"}
+
+    def poll(self, *jobs: str) -> tuple[set[str], float | None]:
+        answer = poll(jobs, ask=self.ask, clock=lambda: self.now)
+        return set(answer.jobs), answer.age
+
+
+def test_slurm_is_asked_once_for_all_and_not_again_for_half_a_minute(home: Path) -> None:
+    slurm = Controller()
+    assert slurm.poll("3", "4_1", "4_2", "9") == ({"3", "4"}, 0.0)
+    slurm.now += 29
+    assert slurm.poll("3", "9") == ({"3", "4"}, 29.0)
+    assert slurm.asked == [["3", "4", "9"]]
+    slurm.now += 2
+    assert slurm.poll("3") == ({"3", "4"}, 0.0)  # the others may be asked about on another screen
+    assert slurm.asked[1:] == [["3", "4", "9"]]
+    slurm.poll("5")  # a job that the last answer does not cover
+    assert slurm.asked[2:] == [["3", "4", "5", "9"]]
+    slurm.now += 1000
+    slurm.poll("5")
+    assert slurm.asked[3:] == [["5"]]
+    (file,) = (home / ".cache" / "agrivision").iterdir()
+    assert file.parent.stat().st_mode & 0o077 == 0
+    file.write_text('{"asked": 3}')
+    assert slurm.poll("5") == ({"5"}, 0.0)
+
+
+def test_a_clock_that_went_back_is_no_young_answer() -> None:
+    slurm = Controller()
+    slurm.poll("3")
+    slurm.now -= 3600
+    assert slurm.poll("3") == ({"3"}, 0.0)
+
+
+def test_two_screens_ask_once(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        write(JobDirectory.beside(tmp_path / name)).submitted(str(ord(name)), by="launch")
+    slurm.hold(queued("97"), queued("98", "PENDING", "Priority"))
+    for _ in range(3):
+        assert main(["status", str(tmp_path)]) == 0
+    (question,) = slurm.calls("squeue")
+    assert "--jobs=97,98,99" in question
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}/a: running, job 97, left 1:00:00"
+    assert lines[1].startswith(f"{tmp_path}/b: pending (Priority: others are before it), job 98")
+    assert lines[2].startswith(f"{tmp_path}/c: ended, job 99")
+    assert lines[3] == f"Slurm was asked 0 s ago (at most every {SECONDS:.0f} s)"
+
+
+@pytest.fixture
+def run_dir(config: Path, tmp_path: Path) -> Path:
+    """A run that was launched, and has done 9 of 18 steps."""
+    job, run_dir, command = freeze_train(["--config", str(config), "--run_dir", str(tmp_path / "run")])
+    write(job, command=command, run_dir=str(run_dir)).submitted("7", by="launch")
+    rows = [
+        {"kind": "training", "step": 6, "epoch": 0, "images_per_second": 50.0},
+        {"kind": "evaluation", "step": 6, "epoch": 1, "miou": 0.5},
+        {"kind": "evaluation", "step": 8, "epoch": 1, "miou": 0.25},
+        {"kind": "training", "step": 9, "epoch": 1, "images_per_second": 75.5},
+    ]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (run_dir / "metrics.jsonl").write_text(text + '{"kind": "training", "st')
+    return run_dir
+
+
+def test_a_run_s_row(run_dir: Path, slurm: FakeSlurm) -> None:
+    job = JobDirectory.of_run(run_dir)
+    job.began(ATTEMPT)
+    slurm.hold(queued("7"))
+    expected = Row(
+        path=str(run_dir),
+        command="train",
+        job="7",
+        state="running",
+        step=9,
+        total_steps=18,
+        epoch=2,
+        miou=0.25,
+        best_miou=0.5,
+        best_step=6,
+        images_per_second=75.5,
+        attempts=1,
+        time_left="1:00:00",
+    )
+    assert report(find([run_dir])).rows == [expected]
+    job.ended(ended("given up", code=86, reason="rank 1: diverged"))
+    slurm.hold()
+    gone = dataclasses.replace(expected, state="given up", time_left="", why="rank 1: diverged")
+    (own,) = (Path.home() / ".cache" / "agrivision").iterdir()
+    own.unlink()
+    assert report(find([run_dir])).rows == [gone]
+
+
+def test_status_works_where_slurm_does_not(
+    run_dir: Path, no_slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    JobDirectory.of_run(run_dir).began(ended("given up", code=86, reason="rank 1: diverged"))
+    assert main(["status", "--json", str(run_dir)]) == 0
+    content = json.loads(capsys.readouterr().out)
+    (row,) = content["jobs"]
+    assert (row["state"], row["step"], row["why"]) == ("given up", 9, "rank 1: diverged")
+    assert content["age"] is None and "squeue" in content["problem"]
+
+
+def test_no_question_about_what_is_done(run_dir: Path, slurm: FakeSlurm) -> None:
+    JobDirectory.of_run(run_dir).began(ended("done", code=0))
+    assert report(find([run_dir])).rows[0].state == "done"
+    assert slurm.calls("squeue") == []
+
+
+def test_an_array_that_shares_a_directory(tmp_path: Path, slurm: FakeSlurm) -> None:
+    for task in range(4):
+        job = write(JobDirectory.beside(tmp_path / "set", task), command=("prepare",))
+        job.submitted(f"7_{task}", by="sbatch")
+        job.began(ended("done", code=0, job=f"7_{task}") if task < 3 else ATTEMPT)
+    slurm.hold(queued("7_3"))
+    (row,) = report(find([tmp_path])).rows
+    assert (row.job, row.state, row.attempts) == ("7", "done 3, running 1", 4)
+
+
+def test_total_steps_are_those_of_the_loader(run_dir: Path, config: Path) -> None:
+    assert total_steps(config) == 18
+    config.write_text(config.read_text().replace("epochs: 3", "epochs: 3, max_steps: 7"))
+    assert total_steps(config) == 7
+    assert total_steps(config.with_name("nowhere.yaml")) is None
+
+
+@pytest.mark.parametrize("give", [lambda run: run, lambda run: run / "launch", lambda run: run.parent])
+def test_what_a_path_stands_for(give: Callable[[Path], Path], run_dir: Path, tmp_path: Path) -> None:
+    (one,) = find([give(run_dir), run_dir])
+    assert one.path == run_dir and one.job == JobDirectory(run_dir / "launch")
+    assert find_one(give(run_dir)) == (run_dir, JobDirectory(run_dir / "launch"))
+
+
+def test_folders_of_runs(run_dir: Path, tmp_path: Path) -> None:
+    write(JobDirectory.of_run(tmp_path / "sweep" / "000-seed=1"))
+    write(JobDirectory.beside(tmp_path / "maps"))
+    (tmp_path / "local" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sweep" / "launch").mkdir()
+    found = {one.path.name: one.job is not None for one in find([tmp_path])}
+    assert found == {"run": True, "000-seed=1": True, "maps": True, "local": False}
+    with pytest.raises(BadInput, match="holds 4"):
+        find_one(tmp_path)
+    with pytest.raises(BadInput, match="not launched"):
+        find_one(tmp_path / "local")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="no run and no job"):
+        find([tmp_path / "empty"])
+
+
+def test_slurm_s_silence_is_told(tmp_path: Path) -> None:
+    def ask(jobs: list[str]) -> dict[str, QueuedJob]:
+        raise SlurmError("squeue did not answer")
+
+    answer = poll(["3"], ask=ask)
+    assert (answer.jobs, answer.age, answer.problem) == ({}, None, "squeue did not answer")

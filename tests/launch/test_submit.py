@@ -1,0 +1,293 @@
+"""Submission: the script, what is frozen, what is refused before anything is queued."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.jobdir import JobDirectory
+from launch.resources import build
+from launch.submit import Attempts, Setting, script
+from tests.launch.conftest import FakeSlurm, queued
+
+ODD = [
+    "a b",
+    "it's",
+    'say "x"',
+    "$(touch HACK)",
+    "`touch HACK`",
+    "a;touch HACK",
+    "#no",
+    "*",
+    "&&",
+    "-n",
+    "ünï",
+]
+Complaint = Callable[[], str]
+
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture[str]) -> Complaint:
+    """The one line on stderr."""
+
+    def read() -> str:
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("launch: error: "), lines
+        return lines[0]
+
+    return read
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*") if ".home" not in path.parts}
+
+
+def test_dry_run_prints_and_changes_nothing(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_slurm: None
+) -> None:
+    before = files(tmp_path)
+    words = ["--config", str(config), "--run_dir", str(tmp_path / "run"), "--nodes", "2-4"]
+    words += [
+        "--gpus_per_node",
+        "a100:4",
+        "--time",
+        "1:30:00",
+        "--partition",
+        "gpu",
+        "--reservation",
+        "r",
+    ]
+    assert main(["train", *words, "--dry_run"]) == 0
+    assert files(tmp_path) == before
+    text = capsys.readouterr().out
+    assert text.startswith("#!/bin/bash\n")
+    options = {line for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert options == {
+        f"#SBATCH --{option}"
+        for option in (
+            "gpus-per-node=a100:4",
+            "job-name=run",
+            "nodes=2-4",
+            "ntasks-per-node=4",
+            "open-mode=append",
+            f"output={tmp_path}/run/launch/slurm-%j.out",
+            "partition=gpu",
+            "requeue",
+            "reservation=r",
+            "signal=USR1@180",
+            "time=90",
+        )
+    }
+
+
+def test_the_script_that_is_submitted_is_the_one_that_was_shown(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], slurm: FakeSlurm
+) -> None:
+    words = ["train", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--qos", "high"]
+    assert main([*words, "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert main(words) == 0
+    assert slurm.script.rstrip() == shown.rstrip()
+    assert capsys.readouterr().out == f"job 1, in {tmp_path}/run/launch\n"
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_names_reach_python_literally(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teller = tmp_path / "teller's $HOME"
+    teller.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], os.environ['PYTHONPATH'], os.environ['PYTHONSAFEPATH']]))\n"
+    )
+    teller.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(teller))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    folder = tmp_path / name / "launch"
+    setting = Setting(resources=build({"comment": name}), setup=(), python=("python",))
+    text = script(folder, folder / "code", name, setting)
+    file = tmp_path / "script.sh"
+    file.write_text(text)
+    done = subprocess.run(["bash", str(file)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    arguments, path, safe = json.loads(done.stdout)
+    assert arguments == ["-u", "-m", "submitit.core._submit", str(folder / "submitit")]
+    assert path == f"{folder / 'code'}:before"
+    assert safe == "1"
+    assert not (tmp_path / "HACK").exists()
+
+
+def test_the_shell_outlives_the_signals_and_its_children_do_not(tmp_path: Path) -> None:
+    setting = Setting(resources=build({}), setup=("umask 022", "echo set up"), python=("python",))
+    text = script(tmp_path, tmp_path / "code", "x", setting)
+    lines = [line for line in text.splitlines() if "submitit" not in line]
+    file = tmp_path / "script.sh"
+    ask = "import os; from signal import *; os.kill(os.getppid(), SIGTERM); print(getsignal(SIGTERM))"
+    file.write_text("\n".join([*lines, f'"{sys.executable}" -c "{ask}"', "echo still here"]))
+    done = subprocess.run(["bash", str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["set up", "0", "still here"]  # 0 is SIG_DFL
+
+
+@pytest.mark.parametrize("char", ["%", "\\", ":", "\n", "\x1b", "\x7f"])
+def test_paths_that_no_script_can_hold_are_refused(
+    char: str, config: Path, tmp_path: Path, slurm: FakeSlurm, complaint: Complaint
+) -> None:
+    before = files(tmp_path)
+    run_dir = tmp_path / f"a{char}j"
+    assert main(["train", "--config", str(config), "--run_dir", str(run_dir)]) == 2
+    assert "a" in complaint()
+    assert files(tmp_path) == before and slurm.calls("sbatch") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["train", "--run_dir", "r", "--gpus_per_nod", "2"], "did you mean --gpus_per_node?"),
+        (["train", "--run_dir", "r", "--optimizer.l", "2"], "did you mean optimizer.lr?"),
+        (["train", "--run_dir", "r", "--optimizer.lr", "fast"], "a number"),
+        (["train", "--run_dir", "r", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--config", "c"], "c"),
+        (["evaluate", "--checkpoint", "nowhere", "--data", "d"], "there is no checkpoint nowhere"),
+        (["evaluate", "--data", "d"], "checkpoint"),
+        (
+            ["evaluate", "--checkpoint", "r", "--data", "d", "--batch_siz", "2"],
+            "did you mean --batch_size?",
+        ),
+        (["evaluate", "--checkpoint", "r", "--data", "d", "--batch_size", "two"], "two"),
+        (["prepare", "nowhere", "out"], "there is no source nowhere"),
+        (["prepare", "source"], "out"),
+        (["prepare", "nowhere", "out", "--nodes", "2"], "one process"),
+        (["predict", "--checkpoint", "nowhere", "x", "--out", "y"], "there is no checkpoint nowhere"),
+        (
+            ["predict", "--checkpoint", "nowhere", "x", "--out", "y", "--tasks_per_node", "2"],
+            "one process",
+        ),
+        (["train", "--run_dir", "r", "--site", "nowhere.yaml"], "nowhere.yaml"),
+        (["trian"], "train, prepare"),
+        (["status", "nowhere"], "nowhere"),
+        (["resume"], "resume"),
+    ],
+)
+def test_refusals_are_one_line(
+    words: list[str],
+    wanted: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slurm: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = main(words)
+    output = capsys.readouterr()
+    if words == ["resume"]:  # help
+        assert code == 0 and wanted in output.out
+        return
+    assert code == 2
+    (line,) = output.err.splitlines()
+    assert line.startswith("launch: error: ") and wanted in line
+    assert slurm.calls("sbatch") == []
+
+
+def test_what_is_pickled(config: Path, tmp_path: Path, slurm: FakeSlurm) -> None:
+    run_dir = tmp_path / "run"
+    mask = os.umask(0o022)
+    try:
+        assert main(["train", "--config", str(config), "--run_dir", str(run_dir)]) == 0
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(mask)
+    folder = run_dir / "launch" / "submitit"
+    with (folder / "1_submitted.pkl").open("rb") as file:
+        call = pickle.load(file)
+    assert call.function == Attempts(str(run_dir / "launch"))
+    assert (call.args, call.kwargs) == ((), {})
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for path in folder.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_is_frozen(
+    config: Path, dataset: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "config.yaml", "--run_dir", "run", "--seed", "4", "--nodes", "2"]
+    words += ["--srun_args", "--mpi=none --label", "--max_attempts", "7", "--dependency", "afterok:9"]
+    assert main(["train", *words]) == 0
+    job = JobDirectory.of_run(tmp_path / "run")
+    spec = job.spec()
+    assert spec.command == ("train", "--config", str(job.config), "--run_dir", str(tmp_path / "run"))
+    assert spec.python == (sys.executable,)
+    assert spec.srun == ("--mpi=none", "--label")
+    assert (spec.max_attempts, spec.signal_seconds) == (7, 180)
+    assert spec.cwd == str(tmp_path) and spec.run_dir == str(tmp_path / "run")
+    assert "dependency" not in spec.resources and spec.resources["nodes"] == "2"
+    assert "seed: 4" in job.config.read_text() and str(dataset) in job.config.read_text()
+    assert (job.code / "agrivision" / "cli.py").is_file() and (job.code / "launch").is_dir()
+    assert job.jobs() == ["1"]
+    assert "#SBATCH --dependency=afterok:9" in slurm.script.replace("'", "")
+
+
+def test_a_directory_has_one_job_in_the_queue(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, complaint: Complaint
+) -> None:
+    words = ["train", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    assert main(words) == 0
+    slurm.hold(queued("1", "PENDING"))
+    assert main(words) == 2
+    assert "job 1" in complaint()
+    slurm.hold(queued("1", "FAILED"))
+    assert main(words) == 0
+    assert JobDirectory.of_run(tmp_path / "run").jobs() == ["1", "2"]
+
+
+def test_slurm_s_refusal_is_one_line(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, complaint: Complaint
+) -> None:
+    slurm.refuse(
+        "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed\n"
+    )
+    words = ["--config", str(config), "--run_dir", str(tmp_path / "run"), "--partition", "x"]
+    assert main(["train", *words]) == 1
+    assert complaint() == (
+        "launch: error: sbatch: invalid partition specified: x; Batch job submission failed"
+    )
+    assert JobDirectory.of_run(tmp_path / "run").jobs() == []
+
+
+def test_the_shell_s_wishes_count_less_than_the_command_line(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"PARTITION": "shell", "ACCOUNT": "shell", "WAIT": "1"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_ID", "99")  # launched from inside of a job
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    words = ["--config", str(config), "--run_dir", str(tmp_path / "run"), "--partition", "mine"]
+    assert main(["train", *words]) == 0
+    assert "--partition=mine" in slurm.script and "--account=shell" in slurm.script
+    names = {name for name in slurm.environment if name.startswith(("SBATCH_", "SLURM_"))}
+    assert names == {"SLURM_CONF"}
+    assert os.environ["SBATCH_PARTITION"] == "shell"
+
+
+def test_without_slurm_it_says_so(
+    config: Path, tmp_path: Path, no_slurm: None, complaint: Complaint
+) -> None:
+    assert main(["train", "--config", str(config), "--run_dir", str(tmp_path / "run")]) == 2
+    assert "no sbatch on the PATH" in complaint()
+
+
+def test_login_nodes_need_no_torch(config: Path, tmp_path: Path) -> None:
+    words = ["--config", str(config), "--run_dir", str(tmp_path / "run"), "--dry_run"]
+    code = (
+        "import sys; from launch.__main__ import main;"
+        f"assert main({['train', *words]!r}) == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
