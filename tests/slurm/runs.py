@@ -72,7 +72,7 @@ class Run:
     @property
     def steps(self) -> list[int]:
         """The steps in metrics.jsonl, in their order there."""
-        return [row["step"] for row in _rows(self.path / "metrics.jsonl") if row["kind"] == "train"]
+        return [row["step"] for row in _rows(self.path / "metrics.jsonl") if row["kind"] == "training"]
 
     def reach(self, step: int, seconds: float = 120) -> None:
         """Wait until a step is done."""

@@ -14,7 +14,7 @@ from launch.__main__ import main
 from launch.cluster import Cluster
 from launch.jobdir import JobDirectory
 from tests.ranks import run
-from tests.slurm.jobs import job, wait_for, wait_for_end
+from tests.slurm.jobs import job, preempt, wait_for, wait_for_end
 from tests.training.runs import arguments, assert_same
 
 SECONDS = 150
@@ -142,6 +142,40 @@ def test_a_sweep_is_one_array(
     capsys.readouterr()
     launch("logs", str(elements[1]))
     assert "launch: attempt 1 on" in capsys.readouterr().out
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_of_a_sweep_only_the_element_that_is_preempted_is_requeued(
+    cluster: Cluster, here: Path, dataset: Path, tmp_path: Path
+) -> None:
+    out, table, reference = tmp_path / "sweep", tmp_path / "table.json", tmp_path / "reference"
+    longer = {"training__epochs": 60, "training__evaluate_every_epochs": 0}
+    shared = [word for word in train(dataset, out, **longer) if word not in ("--run_dir", str(out))]
+    rates = ["1e-3", "2e-3", "5e-3", "1e-2"]
+    # Whole nodes: the intruder takes that of one element, and no other has room beside it.
+    words = ["--partition", "preempt", "--exclusive", "--optimizer.lr", ",".join(rates)]
+    launch("sweep", "--out", str(out), *shared, *words)
+    elements = sorted(path for path in out.iterdir() if path.name != "launch")
+    numbers = [last_job(path) for path in elements]
+    victim = RunDirectory(elements[2])
+    wait_for(
+        victim.latest_step, SECONDS, "a checkpoint of the third", cluster=cluster, number=numbers[2]
+    )
+    preempt(cluster, numbers[2])
+    ends = [wait_for_end(cluster, number, 3 * SECONDS) for number in numbers]
+    assert [(end["JobState"], end["Restarts"]) for end in ends] == [
+        ("COMPLETED", "1" if number == numbers[2] else "0") for number in numbers
+    ]
+    attempts = [len(JobDirectory.of_run(path).attempts()) for path in elements]
+    assert attempts == [1, 1, 2, 1]
+    launch("sweep", "--out", str(out), "--table", str(table))
+    results = json.loads(table.read_text())
+    assert [(row["optimizer.lr"], row["state"], row["step"]) for row in results] == [
+        (rate, "done", 360) for rate in rates
+    ]
+    undisturbed(arguments(dataset, reference, **longer, optimizer__lr="5e-3"))
+    assert_same(elements[2], reference)
 
 
 def test_a_pipeline_from_fields_to_maps(
