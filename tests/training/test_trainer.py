@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from functools import cache, partial
@@ -338,3 +339,29 @@ def test_other_networks_learn_and_resume(
     ]
     losses = [loss for loss in losses if loss is not None]
     assert losses[-1] < losses[0]
+
+
+def save_slowly(rank: int, lead: str) -> None:
+    """As in a Slurm step that asked to be warned `lead` seconds before its end, on a slow disk."""
+    os.environ |= {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "AGRIVISION_SIGNAL_SECONDS": lead}
+    encode = checkpoint._encode
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.2)
+        return encode(*args)
+
+    checkpoint._encode = slow
+
+
+@pytest.mark.parametrize(("lead", "said"), [("1", 1), ("900", 0), ("0", 0)])
+def test_a_warning_that_comes_too_late_to_save_is_said_once(
+    lead: str, said: int, dataset: Path, tmp_path: Path
+) -> None:
+    # Five states at a fifth of a second each: a save takes a second, and half as much is added.
+    changes = {**PLAIN, "training__checkpoint_every_steps": 2, "training__ema_decay": 0.9}
+    hook = partial(save_slowly, lead=lead)
+    ending = hear_one(arguments(dataset, tmp_path / "run", **changes), hook=hook)
+    assert ending.code == 0
+    lines = [line for line in ending.err if "ask for --signal=USR1@" in line]
+    assert len(lines) == said
+    assert all("warned 1 s before its time limit" in line for line in lines)
