@@ -49,6 +49,9 @@ class DataConfig:
         prefetch: batches decoded ahead of the step by each rank.
         train_split: split to train on.
         val_split: split to evaluate on.
+        normalisation: what the network sees of the pixels: `bands` gives each band zero mean and unit
+            variance by the statistics of the data set; `range` divides all bands by its largest value,
+            which keeps the ratios between bands that indices such as NDVI are made of.
         stage: copy the two splits to the node's own disk first: `auto` ($SLURM_TMPDIR, else $TMPDIR
             where that is a disk of the node), or an absolute path, in which $NAME is expanded. null
             reads them where they are.
@@ -61,6 +64,7 @@ class DataConfig:
     prefetch: int = 2
     train_split: str = "train"
     val_split: str = "val"
+    normalisation: Literal["bands", "range"] = "bands"
     stage: str | None = None
 
     def __post_init__(self) -> None:

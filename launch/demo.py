@@ -150,7 +150,8 @@ def _draw(run_dir: Path, dataset: Path, folder: Path) -> None:
     trained = load_run(run_dir)
     reader = SplitReader(dataset, Schema.read(dataset), "val")
     folder.mkdir()
-    panels = draw_panels(trained.module, reader, trained.device, count=6)
+    normaliser = trained.description.normaliser
+    panels = draw_panels(trained.module, reader, normaliser, trained.device, count=6)
     for tag, picture in panels.items():
         save_png(folder / f"{Path(tag).name}.png", picture)
 

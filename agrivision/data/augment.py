@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from agrivision.data.schema import Schema
 
 @dataclass(frozen=True, kw_only=True)
 class Normaliser:
-    """Pixels → what the network sees: zero mean and unit variance, empty pixels zero.
+    """Pixels → what the network sees: less a mean, divided by a deviation, empty pixels zero.
 
     Attributes:
         mean: by band, in the units of the pixels.
-        std: by band; a band that never varies is only centred.
+        std: by band; 0 is taken as 1, so that a band that never varies is only centred.
         nodata: a pixel with this value in all bands is empty; None where there is none.
     """
 
@@ -34,9 +35,19 @@ class Normaliser:
     nodata: float | None = None
 
     @classmethod
-    def of(cls, schema: Schema) -> Normaliser:
-        """From the statistics of a data set."""
-        return cls(mean=schema.statistics.mean, std=schema.statistics.std, nodata=schema.nodata)
+    def of(cls, schema: Schema, how: Literal["bands", "range"]) -> Normaliser:
+        """From the statistics of a data set.
+
+        Args:
+            schema: of the data set.
+            how: see `DataConfig.normalisation`.
+        """
+        known = schema.statistics
+        if how == "bands":
+            return cls(mean=known.mean, std=known.std, nodata=schema.nodata)
+        largest = max(map(abs, (*known.minimum, *known.maximum)))
+        bands = len(schema.bands)
+        return cls(mean=(0.0,) * bands, std=(float(largest),) * bands, nodata=schema.nodata)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise (batch, bands, height, width) float32 pixels; NaN and infinite values become 0."""
@@ -125,7 +136,7 @@ class Augment:
         bands = images.shape[1]
         draws = [draw(self.config, bands, self.seed, epoch, tile) for tile in tiles]
         if self.config.scale or self.config.rotate:
-            # What a warp moves in from outside is zero: the mean, once pixels are normalised.
+            # What a warp moves in from outside is zero, as empty pixels are once they are normalised.
             changed, bits = self._warp(self.normaliser(images), labels, draws)
         else:
             cut, bits = self._cut(images, labels, draws)

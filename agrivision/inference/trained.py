@@ -35,8 +35,8 @@ class Description:
         class_values: value of each class in the label rasters it learned from; empty for masks.
         dtype: numpy name of the pixels' type.
         tile: side of the training tiles in pixels.
-        mean: by band, in the units of the pixels.
-        std: by band.
+        mean: subtracted from each band, in the units of the pixels.
+        std: that each band is divided by.
         nodata: a pixel with this value in all bands holds no data; None where there is no such value.
         data_fingerprint: of the data set.
     """
@@ -53,7 +53,7 @@ class Description:
     data_fingerprint: str
 
     @classmethod
-    def of(cls, model: ModelConfig, schema: Schema) -> Description:
+    def of(cls, model: ModelConfig, schema: Schema, normaliser: Normaliser) -> Description:
         """Of a network that is trained on a data set."""
         return cls(
             # The weights of the encoder are in the checkpoint; the file need not be there any more.
@@ -63,9 +63,9 @@ class Description:
             class_values=schema.class_values,
             dtype=schema.dtype,
             tile=schema.tile,
-            mean=schema.statistics.mean,
-            std=schema.statistics.std,
-            nodata=schema.nodata,
+            mean=normaliser.mean,
+            std=normaliser.std,
+            nodata=normaliser.nodata,
             data_fingerprint=schema.fingerprint,
         )
 
@@ -92,7 +92,7 @@ class Description:
 
     @property
     def normaliser(self) -> Normaliser:
-        """With the statistics of the training data."""
+        """As it was in training."""
         return Normaliser(mean=self.mean, std=self.std, nodata=self.nodata)
 
 

@@ -265,7 +265,7 @@ def _build_trainer(setting: _Setting, loader: TrainLoader, *, fresh: bool) -> Tr
         LabelSetLoss(weights, config.loss.dice_weight).to(device),
         Augment(
             config=config.augment,
-            normaliser=Normaliser.of(schema),
+            normaliser=Normaliser.of(schema, config.data.normalisation),
             crop=config.data.crop,
             seed=config.seed,
         ),
@@ -305,6 +305,7 @@ class _Run:
         self._config, self._run, self._ranks = setting.config, setting.run, setting.ranks
         self._device, self._data, self._stop = setting.device, setting.data, setting.stop
         self._loader, self._trainer, self._record = loader, trainer, record
+        self._normaliser = Normaliser.of(self._data.schema, self._config.data.normalisation)
         self._clock = SaveClock(
             self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None
         )
@@ -388,8 +389,10 @@ class _Run:
     def _save_on_main(self) -> AgrivisionError | None:
         progress, training = self._trainer.progress, self._config.training
         begin = time.perf_counter()
-        description = Description.of(self._config.model, self._data.schema).to_dict()
-        states: Mapping[str, Mapping[str, Any]] = self._trainer.states() | {"description": description}
+        known = Description.of(self._config.model, self._data.schema, self._normaliser)
+        states: Mapping[str, Mapping[str, Any]] = self._trainer.states() | {
+            "description": known.to_dict()
+        }
         milestone = (
             training.keep_every > 0 and self._ends_epoch() and self._epoch % training.keep_every == 0
         )
@@ -456,7 +459,7 @@ class _Run:
         return evaluate(
             model,
             self._data.val,
-            Normaliser.of(self._data.schema),
+            self._normaliser,
             self._ranks,
             self._device,
             batch_size=self._config.evaluation.batch_size,
@@ -469,6 +472,7 @@ class _Run:
         return draw_panels(
             self._trainer.evaluated,
             self._data.val,
+            self._normaliser,
             self._device,
             count=self._config.monitor.images,
             precision=self._config.training.precision,

@@ -18,6 +18,7 @@ from agrivision.monitor.pictures import Picture, panel
 def draw_panels(
     model: nn.Module,
     reader: SplitReader,
+    normaliser: Normaliser,
     device: torch.device,
     *,
     count: int,
@@ -31,7 +32,7 @@ def draw_panels(
     Raises:
         DatasetError: a record cannot be read.
     """
-    schema, normaliser = reader.schema, Normaliser.of(reader.schema)
+    schema = reader.schema
     model.eval()
     panels: dict[str, Picture] = {}
     for tile in np.linspace(0, len(reader) - 1, min(count, len(reader))).round().astype(int).tolist():

@@ -292,7 +292,7 @@ def test_the_result_lies_in_channels_last_memory(config: AugmentConfig) -> None:
 
 def test_the_training_split_gets_mean_zero_and_variance_one(dataset: Path) -> None:
     schema = Schema.read(dataset)
-    normaliser = Normaliser.of(schema)
+    normaliser = Normaliser.of(schema, "bands")
     values = []
     for batch in evaluation_batches(
         SplitReader(dataset, schema, "train"), World(), batch_size=8, threads=0
@@ -303,6 +303,18 @@ def test_the_training_split_gets_mean_zero_and_variance_one(dataset: Path) -> No
     assert len(joined) == schema.statistics.pixels
     assert joined.mean(dim=0).abs().max() < 1e-5
     assert (joined.var(dim=0, correction=0) - 1).abs().max() < 1e-5
+
+
+def test_the_range_keeps_the_ratios_of_the_bands(dataset: Path) -> None:
+    schema = Schema.read(dataset)
+    normaliser = Normaliser.of(schema, "range")
+    largest = max(schema.statistics.maximum)
+    for batch in evaluation_batches(
+        SplitReader(dataset, schema, "train"), World(), batch_size=8, threads=0
+    ):
+        images = batch.pixels.images()
+        torch.testing.assert_close(normaliser(images), images / largest, rtol=1e-6, atol=0)
+        assert normaliser(images).abs().max() <= 1
 
 
 def test_what_is_no_number_becomes_the_mean() -> None:

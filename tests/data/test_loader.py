@@ -304,7 +304,7 @@ def test_nan_in_a_scene_is_invalid_and_normalised_to_nothing(
         scenes.write_raster(source / f"labels/{name}.tif", np.ones((40, 50), np.uint8))
     summary = prepared(source, tile=32, val=("s1.tif",))
     assert_scene(summary, "train", scene, outside=0)
-    normaliser = Normaliser.of(summary.schema)
+    normaliser = Normaliser.of(summary.schema, "bands")
     reader = SplitReader(summary.out, summary.schema, "train")
     invalid = 0
     for batch in evaluation_batches(reader, World(), batch_size=2, threads=0):

@@ -137,7 +137,10 @@ def test_samples_that_fill_up_a_batch_have_no_weight(dataset: Path, gradients) -
     for slot, tile in enumerate(tiles):
         decode_record(reader.read(tile), schema, pixels, slot)
     augment = Augment(
-        config=config.augment, normaliser=Normaliser.of(schema), crop=config.data.crop, seed=config.seed
+        config=config.augment,
+        normaliser=Normaliser.of(schema, config.data.normalisation),
+        crop=config.data.crop,
+        seed=config.seed,
     )
     images, labels = augment(pixels.images(), pixels.label_bits(), 0, tiles)
     model = load_run(run_dir, "cpu").module.train()
