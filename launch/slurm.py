@@ -106,8 +106,7 @@ def queue(jobs: Sequence[str]) -> dict[str, QueuedJob]:
         raise SlurmError(f"squeue: {_said(done)}")
     found = {}
     for line in done.stdout.splitlines():
-        cells = [line[at : at + _COLUMN].strip() for at in range(0, _COLUMN * len(_FIELDS), _COLUMN)]
-        row = dict(zip(_FIELDS, cells, strict=True))
+        row = dict(zip(_FIELDS, _cells(line, _COLUMN, len(_FIELDS)), strict=True))
         job = QueuedJob(
             id=row["JobArrayID"],
             state=row["State"],
@@ -210,7 +209,8 @@ _ASKED = {
     "Name": "--job-name", "Partition": "--partition", "Account": "--account", "QOS": "--qos",
     "TimeLimit": "--time", "NumNodes": "--nodes", "tres-per-node": "--gres", "tres-per-job": "--gpus",
     "tres-per-task": "--gpus-per-task", "Feature": "--constraint", "Reservation": "--reservation",
-    "Comment": "--comment", "WorkDir": "--chdir", "STDOUT": "--output",
+    "Comment": "--comment", "WorkDir": "--chdir", "STDOUT": "--output", "ReqNodes": "--nodelist",
+    "Licenses": "--licenses", "WCKey": "--wckey",
 }  # fmt: skip
 _LONG_COLUMN = 4096  # for paths
 _NOTHING = {"", "N/A", "(null)", "None", "0"}
@@ -224,19 +224,29 @@ _TOLD = {
 def _asked_for(job: str) -> dict[str, str]:
     columns = ",".join(f"{name}:{_LONG_COLUMN}" for name in _ASKED)
     line = _line_about(job, f"--Format={columns}")
-    starts = range(0, _LONG_COLUMN * len(_ASKED), _LONG_COLUMN)
-    cells = [line[at : at + _LONG_COLUMN].strip() for at in starts]
-    found = dict(zip(_ASKED.values(), cells, strict=True))
-    for flag in ("--gres", "--gpus", "--gpus-per-task"):  # written as `gres:gpu:2`
-        found[flag] = found[flag].removeprefix("gres:")
-        found[flag] = found[flag] if flag == "--gres" else found[flag].removeprefix("gpu:")
+    found = dict(zip(_ASKED.values(), _cells(line, _LONG_COLUMN, len(_ASKED)), strict=True))
+    for flag in ("--gres", "--gpus", "--gpus-per-task"):
+        # Written as `gres:gpu:2`, by newer versions as `gres/gpu:2`, some with CPUs beside it.
+        entries = [re.sub(r"^gres[:/]", "", entry) for entry in found[flag].split(",")]
+        gpus = [entry for entry in entries if not re.match(r"cpu[:=]", entry)]
+        found[flag] = ",".join(gpus if flag == "--gres" else map(_without_gpu, gpus))
     if "%a" in found["--output"]:  # the successor of an array's task is a job by itself
         found["--output"] = found["--output"].replace("%A_%a", "%j").replace("%a", "%j")
     # `--Format` has no word for these in every version.
-    excluded, shared = _line_about(job, "--format=%x %h").split()[-2:]
-    found["--exclude"] = excluded
+    found["--exclude"], _, shared = _line_about(job, "--format=%x|%h").rpartition("|")
     found = {flag: value for flag, value in found.items() if value not in _NOTHING}
-    return found | ({"--exclusive": ""} if shared == "NO" else {})
+    return found | ({"--exclusive": ""} if shared.strip() == "NO" else {})
+
+
+def _without_gpu(entry: str) -> str:
+    return re.sub(r"^gpu[:=]", "", entry)
+
+
+def _cells(line: str, width: int, count: int) -> list[str]:
+    """The columns of a line of squeue, which fills them up to a number of bytes, not of characters."""
+    row = line.encode(errors="surrogateescape")
+    starts = range(0, width * count, width)
+    return [row[at : at + width].decode(errors="surrogateescape").strip() for at in starts]
 
 
 def _line_about(job: str, form: str) -> str:
@@ -271,11 +281,11 @@ def _call(
             list(command),
             input=text,
             capture_output=True,
-            text=True,
-            errors="replace",
+            encoding="utf-8",
+            errors="surrogateescape",
             timeout=_SECONDS,
             check=False,
-            env=environment,
+            env=_without_defaults(os.environ if environment is None else environment),
         )
     except FileNotFoundError:
         raise SlurmError(f"no {command[0]} on the PATH") from None
@@ -284,6 +294,11 @@ def _call(
     if check and done.returncode != 0:
         raise SlurmError(f"{command[0]}: {_said(done)}")
     return done
+
+
+def _without_defaults(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the user's own defaults for squeue, which would hide jobs from us."""
+    return {key: value for key, value in environment.items() if not key.startswith("SQUEUE_")}
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
