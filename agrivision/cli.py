@@ -210,6 +210,7 @@ def _evaluate(argv: list[str]) -> ExitCode:
     parser.add_argument("--split", type=str, default="val", help="of the data set")
     parser.add_argument("--json", type=str, default=None, help="write the scores to this file")
     args = parser.parse_args(argv)
+    stop = StopRequest().listen()
     from agrivision.console import print_scores, write_json
     from agrivision.inference.scoring import evaluate_run
 
@@ -220,6 +221,7 @@ def _evaluate(argv: list[str]) -> ExitCode:
         batch_size=args.batch_size,
         threads=args.threads,
         precision=args.precision,
+        stop=lambda: stop.made,
     )
     if found is not None:  # rank 0
         print_scores(found)

@@ -64,6 +64,10 @@ class PeerLost(AgrivisionError):
     """Another rank of the run failed or disappeared."""
 
 
+class Busy(AgrivisionError):
+    """Another process is at work on the same: once it has ended, the same command goes on."""
+
+
 class Superseded(AgrivisionError):
     """Another attempt goes on with the run: this one may not write any more."""
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from agrivision.errors import Busy, Interrupted
+from agrivision.part import Stop
 from agrivision.storage import storage_error
 
+# How long an attempt that Slurm has given up may take to notice, and NFS to give its lock away.
+_PATIENCE_SECONDS = 60.0
+_POLL_SECONDS = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -115,3 +121,31 @@ class FileLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Patience:
+    """Waits for a lock that another process has, but not for ever.
+
+    A job that comes back after its node was lost meets its own earlier process, which may live on.
+
+    Args:
+        what: the other process does, for messages.
+        stop: whether this one was asked to stop.
+    """
+
+    def __init__(self, what: str, stop: Stop) -> None:
+        self._what, self._stop = what, stop
+        self._end = time.monotonic() + _PATIENCE_SECONDS
+
+    def wait(self) -> None:
+        """Wait a moment; to be called each time that the lock was found taken.
+
+        Raises:
+            Interrupted: asked to stop.
+            Busy: that is enough.
+        """
+        if self._stop():
+            raise Interrupted(f"stopped while {self._what}: the same command goes on")
+        if time.monotonic() >= self._end:
+            raise Busy(f"{self._what}: wait for it, or end it")
+        time.sleep(_POLL_SECONDS)

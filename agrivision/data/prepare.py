@@ -163,7 +163,8 @@ def prepare(
 
     Raises:
         SourceError: the source cannot be used, or (strict) something in it is not as it should be.
-        DatasetError: `out` exists already, or another process is making it.
+        DatasetError: `out` exists already.
+        Busy: another process is making it, and stays.
         Interrupted: asked to stop; run it again and it goes on.
         StorageError, NotWritable: the disk refused; run it again and it goes on.
     """
@@ -172,7 +173,7 @@ def prepare(
     task = _Task.of(source_path, workplace, options, report or Silence(), stop)
     problems = task.problems()
     task.report.total(_count_tiles(task.jobs))
-    with workplace.held():
+    with workplace.held(stop):
         workplace.tidy(_names(task.jobs))
         workplace.agree(task.digest, parts=1)
         made = task.make(task.jobs, problems)
@@ -209,8 +210,8 @@ def prepare_part(
 
     Raises:
         SourceError, Interrupted, StorageError, NotWritable: see `prepare`.
-        DatasetError: `out` exists already and is another data set, a whole `prepare` or the same part
-            is at work, or other parts have other options.
+        DatasetError: `out` exists already and is another data set, or other parts have other options.
+        Busy: a whole `prepare` or the same part is at work, and stays.
     """
     workplace = _workplace(out)
     if not os.path.lexists(workplace.out):

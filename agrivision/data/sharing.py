@@ -2,7 +2,8 @@
 
 Three locks say who may do what. `lock` is held by a whole `prepare` alone, or by its parts together.
 `work` is held together by the parts that make shards, and alone by one that tidies up before the first
-or puts the data set together after the last. A lock for each part refuses a second process on it.
+or puts the data set together after the last. A lock for each part keeps a second process waiting, for a
+while: a task that Slurm starts again may meet its own earlier process, on a node that was lost.
 
 Which parts have made their shards stands in a log that is read and written through one open, locked
 file: a network file system may show other nodes a new name half a minute late, and two last parts that
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 from agrivision.data.workplace import Workplace
 from agrivision.errors import DatasetError, Interrupted
-from agrivision.locks import FileLock
+from agrivision.locks import FileLock, Patience
 from agrivision.part import Part, Stop
 
 _POLL_SECONDS = 0.2
@@ -184,20 +185,28 @@ def shared(common: Common, part: Part, stop: Stop) -> Iterator[Sharing]:
     """Be one of the parts that make a data set together.
 
     Raises:
-        DatasetError: a whole `prepare` or the same part is at work already, or other parts make
-            something else.
-        Interrupted: asked to stop while another part was in the way.
+        Busy: a whole `prepare` or the same part is at work already, and stays.
+        DatasetError: other parts make something else.
+        Interrupted: asked to stop while another process was in the way.
         StorageError, NotWritable: the disk refused.
     """
     workplace = common.workplace
+    whole = Patience(f"another `prepare` is at work on {workplace.out}", stop)
+    same = Patience(f"another process makes part {part} of {workplace.out}", stop)
     with ExitStack() as stack:
         lock = stack.enter_context(workplace.lock())
-        if not lock.take(alone=False):
-            raise DatasetError(f"another `prepare` is at work on {workplace.out}")
+        while not lock.take(alone=False):
+            _wait_outside(common, whole)
         own = stack.enter_context(FileLock(workplace.own(f"part-{part.number}-of-{part.of}.lock")))
-        if not own.take(alone=True):
-            raise DatasetError(f"another process makes part {part} of {workplace.out}")
+        while not own.take(alone=True):
+            _wait_outside(common, same)
         work = stack.enter_context(FileLock(workplace.own("work")))
         sharing = Sharing(common, part, work, stop)
         sharing.join()
         yield sharing
+
+
+def _wait_outside(common: Common, patience: Patience) -> None:
+    """Wait a moment, unless the other process has meanwhile finished the data set."""
+    common.check_out()
+    patience.wait()

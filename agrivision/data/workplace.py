@@ -17,7 +17,8 @@ from typing import Any
 
 from agrivision.data.schema import FILE_NAME, Schema
 from agrivision.errors import DatasetError
-from agrivision.locks import FileLock
+from agrivision.locks import FileLock, Patience
+from agrivision.part import Stop, never
 from agrivision.storage import storage_error, sync_folder, sync_tree, write_atomically
 
 _OWN = ".prepare"
@@ -92,17 +93,23 @@ class Workplace:
         write_atomically(self.own(_AGREEMENT), content.encode())
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, stop: Stop = never) -> Iterator[None]:
         """Have the folder for this process alone; what is in it stays when the block fails.
 
+        Args:
+            stop: whether to stop waiting for another process.
+
         Raises:
-            DatasetError: OUT exists already, or another process is at work on it.
+            DatasetError: OUT exists already, or another process has just finished it.
+            Busy: another process is at work on it, and stays.
+            Interrupted: asked to stop while another process was at work on it.
             StorageError, NotWritable: the disk refused.
         """
         self.check_free()
         with self.lock() as lock:
-            if not lock.take(alone=True):
-                raise DatasetError(f"another `prepare` is at work on {self.out}")
+            patience = Patience(f"another `prepare` is at work on {self.out}", stop)
+            while not lock.take(alone=True):
+                patience.wait()
             # Whoever had the lock may just have finished: then this file has no name any more.
             if not lock.in_place:
                 raise DatasetError(f"another `prepare` has just finished {self.out}")

@@ -19,9 +19,9 @@ import torch
 import xxhash
 
 from agrivision import __version__
-from agrivision.errors import BadInput
 from agrivision.inference.trained import TrainedModel
-from agrivision.locks import FileLock
+from agrivision.locks import FileLock, Patience
+from agrivision.part import Stop, never
 from agrivision.storage import storage_error
 
 FOLDER = ".predict"
@@ -77,20 +77,23 @@ class Journal:
         path: of the file, made where missing.
         digest: of what the results depend on; a journal under another one is begun anew.
         what: is done here, for the message that somebody else does it.
+        stop: whether to stop waiting for somebody else.
 
     Raises:
-        BadInput: another process has it.
+        Busy: another process has it, and keeps it.
+        Interrupted: asked to stop while another process had it.
         StorageError, NotWritable: the disk refused.
     """
 
-    def __init__(self, path: Path, digest: str, what: str) -> None:
+    def __init__(self, path: Path, digest: str, what: str, stop: Stop = never) -> None:
         self.path, self._digest = path, digest
+        patience = Patience(f"another process predicts {what}", stop)
         self._file = FileLock(path)
         while not (taken := self._file.take(alone=True)) or not self._file.in_place:
             self._file.close()
             if not taken:
-                raise BadInput(f"another process predicts {what}: wait for it, or end it")
-            self._file = FileLock(path)  # whoever had it has just finished and removed it
+                patience.wait()
+            self._file = FileLock(path)  # whoever had it may have finished and removed it
         self.count, end = 0, 0
         for _, end in _records(path, digest):  # noqa: B007 - the last one is meant
             self.count += 1

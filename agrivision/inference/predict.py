@@ -123,7 +123,7 @@ def predict(
         stop: whether to stop before the next batch.
 
     Raises:
-        BadInput: another process predicts the same.
+        Busy: another process predicts the same, and goes on doing so.
         SourceError: an input is of no known kind, does not fit the network or cannot be read.
         DatasetError: a prepared data set lacks the split, or is damaged.
         Interrupted: asked to stop; the same call goes on.

@@ -113,7 +113,7 @@ def predict_scene(
         coordinate system and transform, a colour table, and tags with the names of the classes.
 
     Raises:
-        BadInput: another process predicts the scene into the same folder.
+        Busy: another process predicts the scene into the same folder, and goes on doing so.
         SourceError: the scene cannot be read.
         Interrupted: asked to stop; finished windows are kept.
         StorageError, NotWritable: the disk refused.
@@ -125,7 +125,10 @@ def predict_scene(
         report(count_windows(scene, tiling))
         return target
     path = note.with_name(f"{target.name}.windows")
-    with Journal(path, digest, f"{scene.path} into {out}") as journal:
+    with Journal(path, digest, f"{scene.path} into {out}", stop) as journal:
+        if _is_finished(note, digest, (target, picture)):  # by whoever had the journal before
+            report(count_windows(scene, tiling))
+            return target
         remove_leftovers(out, (target.stem, picture.name))
         try:
             with opened(scene.path) as dataset:

@@ -8,12 +8,13 @@ from typing import Any
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.distributed import connected, pick_device
-from agrivision.errors import BadInput
+from agrivision.errors import BadInput, Interrupted
 from agrivision.evaluation.evaluate import evaluate
 from agrivision.inference.trained import TrainedModel, load_run
 from agrivision.model.precision import Precision
 from agrivision.monitor.log import configure_log
 from agrivision.monitor.progress import progress
+from agrivision.part import Stop, never
 from agrivision.world import World
 
 
@@ -26,6 +27,7 @@ def evaluate_run(
     threads: int = 2,
     precision: Precision = "fp32",
     world: World | None = None,
+    stop: Stop = never,
 ) -> dict[str, Any] | None:
     """Score a run on a split of a data set.
 
@@ -37,12 +39,14 @@ def evaluate_run(
         threads: decoding threads of each rank.
         precision: of the forward pass.
         world: this process among the ranks; None reads the environment.
+        stop: asked between batches; once true on any rank, all leave within a few batches.
 
     Returns:
         What `Evaluation.to_dict` gives, and `checkpoint`, `step` and `split`, on rank 0; None on the
         others.
 
     Raises:
+        Interrupted: a rank was asked to stop; nothing is kept.
         AgrivisionError: in one line, what is wrong and what to do.
     """
     if batch_size < 1 or threads < 0:
@@ -57,7 +61,7 @@ def evaluate_run(
     _check_fit(trained, schema, data)
     share = -(-len(reader) // world.size)
     with (
-        connected(world, device) as ranks,
+        connected(world, device, stop=stop) as ranks,
         progress("evaluating", share, unit="tile", show=world.is_main) as bar,
     ):
         found = evaluate(
@@ -69,9 +73,15 @@ def evaluate_run(
             batch_size=batch_size,
             threads=threads,
             precision=precision,
+            stop=stop,
             report=bar.advance,
         )
-    if found is None or not world.is_main:
+    if found is None:
+        raise Interrupted(
+            "stopped before the evaluation was done: the same command begins it anew; if that was the"
+            " time limit, give it more time or more ranks"
+        )
+    if not world.is_main:
         return None
     return found.to_dict() | {"checkpoint": str(trained.folder), "step": trained.step, "split": split}
 

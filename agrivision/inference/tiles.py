@@ -81,7 +81,7 @@ def predict_tiles(
         How many tiles of other parts are still missing.
 
     Raises:
-        BadInput: another process predicts the same part.
+        Busy: another process predicts the same part, and goes on doing so.
         SourceError, DatasetError: an image cannot be read.
         Interrupted: asked to stop; what is finished is kept.
         StorageError, NotWritable: the disk refused.
@@ -89,7 +89,8 @@ def predict_tiles(
     folder = out / LABELS
     make_folder(folder)
     state, digest = out / FOLDER / LABELS, fingerprint(trained, batch_size, precision)
-    with Journal(state / f"{part.number}-of-{part.of}", digest, f"part {part} into {out}") as journal:
+    name, what = f"{part.number}-of-{part.of}", f"part {part} into {out}"
+    with Journal(state / name, digest, what, stop) as journal:
         before = _found_in(state, digest)
         for tiles, groups in shares(sets, batch_size, part):
             keys = grouped(tiles, batch_size)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from agrivision import locks
 from agrivision.data.prepare import PrepareOptions, prepare
 from agrivision.data.schema import Schema
 from agrivision.data.splits import divide
 from agrivision.data.workplace import Workplace
-from agrivision.errors import DatasetError, ExitCode, NotWritable, SourceError
+from agrivision.errors import Busy, DatasetError, ExitCode, Interrupted, NotWritable, SourceError
 from tests.data import av, scenes
 from tests.data.conftest import tree
 
@@ -156,11 +157,30 @@ def test_finished_shards_are_used_again_unless_something_changed(tmp_path, sourc
     assert made == [Path("out.partial/val/00000.tar")]
 
 
-def test_two_at_once(tmp_path, source):
+def test_two_at_once(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 0.0)
     out = tmp_path / "out"
-    with Workplace(out).held(), pytest.raises(DatasetError, match="another `prepare` is at work"):
+    with Workplace(out).held(), pytest.raises(Busy, match="another `prepare` is at work"):
         run(source, out)
     run(source, out)
+    assert out.is_dir()
+
+
+def test_it_waits_for_the_one_before(tmp_path, source):
+    out = tmp_path / "out"
+    options, asked = PrepareOptions(workers=1), []
+    with Workplace(out).lock() as lock:
+        assert lock.take(alone=True)
+        with pytest.raises(Interrupted, match="stopped while another `prepare` is at work"):
+            prepare(source, out, options, stop=lambda: True)
+
+        def lets_go():
+            if len(asked) == 2:
+                lock.free()
+            asked.append(1)
+            return False
+
+        prepare(source, out, options, stop=lets_go)
     assert out.is_dir()
 
 

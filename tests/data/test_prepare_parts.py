@@ -18,10 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agrivision import locks
 from agrivision.data.prepare import PartSummary, PrepareOptions, PrepareSummary, prepare, prepare_part
 from agrivision.data.sharing import completing
 from agrivision.data.workplace import Workplace
-from agrivision.errors import BadInput, DatasetError, ExitCode, Interrupted, SourceError
+from agrivision.errors import BadInput, Busy, DatasetError, ExitCode, Interrupted, SourceError
+from agrivision.locks import FileLock
 from agrivision.part import Part
 from tests.data import av, scenes
 from tests.data.conftest import tree
@@ -229,17 +231,24 @@ pool._interrupted = noticed
     assert tree(out) == tree(tmp_path / "one")
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds a lock taken does not wait for it."""
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_the_same_part_twice_at_once_and_other_company(fields: Path, tmp_path: Path) -> None:
     out, gate = tmp_path / "out", tmp_path / "gate"
     process = start(fields, out, "0/2", *SMALL, before=HELD_BACK.format(gate=str(gate)))
     wait_for(lambda: notes(out))
-    with pytest.raises(DatasetError, match="another process makes part 0/2"):
+    with pytest.raises(Busy, match=r"another process makes part 0/2 of .*: wait for it"):
         in_parts(fields, out, 0, 2)
     with pytest.raises(DatasetError, match="another source or with other options"):
         in_parts(fields, out, 1, 2, tile=128)
     with pytest.raises(DatasetError, match="in 2 parts, not in 3"):
         in_parts(fields, out, 1, 3)
-    with pytest.raises(DatasetError, match="another `prepare` is at work"):
+    with pytest.raises(Busy, match="another `prepare` is at work"):
         whole(fields, out)
     assert isinstance(in_parts(fields, out, 1, 2, workers=2), PartSummary)
     gate.touch()
@@ -248,9 +257,64 @@ def test_the_same_part_twice_at_once_and_other_company(fields: Path, tmp_path: P
     assert tree(out) == tree(tmp_path / "one")
 
 
+def test_a_part_that_another_process_keeps_may_be_tried_again(fields: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    in_parts(fields, out, 0, 2)
+    before = "from agrivision import locks\nlocks._PATIENCE_SECONDS = 0.0"
+    with FileLock(Workplace(out).own("part-1-of-2.lock")) as lock:
+        assert lock.take(alone=True)
+        ending = end(start(fields, out, "1/2", *SMALL, before=before))
+    assert ending.code == ExitCode.FAILED, ending
+    assert "another process makes part 1/2" in ending.complaint
+    assert isinstance(in_parts(fields, out, 1, 2), PrepareSummary)
+    whole(fields, tmp_path / "one")
+    assert tree(out) == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("name", "what"), [("part-1-of-2.lock", "part 1/2"), ("lock", "`prepare`")])
+def test_a_part_waits_for_whoever_is_there(name: str, what: str, fields: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    in_parts(fields, out, 0, 2)
+    chosen, part = PrepareOptions(workers=1, shard_tiles=2), Part(number=1, of=2)
+    asked: list[int] = []
+    with FileLock(Workplace(out).own(name)) as lock:
+        assert lock.take(alone=True)
+        with pytest.raises(Interrupted, match=f"stopped while another .*{what}.*goes on"):
+            prepare_part(fields, out, chosen, part, stop=lambda: True)
+
+        def lets_go() -> bool:
+            if len(asked) == 2:
+                lock.free()
+            asked.append(1)
+            return False
+
+        assert isinstance(prepare_part(fields, out, chosen, part, stop=lets_go), PrepareSummary)
+    whole(fields, tmp_path / "one")
+    assert tree(out) == tree(tmp_path / "one")
+
+
+def test_started_again_while_the_first_one_finishes(fields: Path, tmp_path: Path) -> None:
+    out, gate = tmp_path / "out", tmp_path / "gate"
+    process = start(fields, out, "0/1", *SMALL, before=HELD_BACK.format(gate=str(gate)))
+    wait_for(lambda: notes(out))
+
+    def goes_on() -> bool:
+        gate.touch()
+        return False
+
+    chosen = PrepareOptions(workers=1, shard_tiles=2)
+    again = prepare_part(fields, out, chosen, Part(number=0, of=1), stop=goes_on)
+    assert again.lines() == [f"part 0/1: {out} is finished"]
+    assert end(process).code == 0
+    assert not out.with_name("out.partial").exists()
+    whole(fields, tmp_path / "one")
+    assert tree(out) == tree(tmp_path / "one")
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_part_and_a_whole_do_not_mix(fields: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with Workplace(out).held(), pytest.raises(DatasetError, match="another `prepare` is at work"):
+    with Workplace(out).held(), pytest.raises(Busy, match="another `prepare` is at work"):
         in_parts(fields, out, 0, 2)
     in_parts(fields, out, 0, 2)
     with pytest.raises(DatasetError, match=r"out\.partial is being made .*remove it to begin anew"):

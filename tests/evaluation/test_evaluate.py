@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,14 @@ from agrivision.data.prepare import PrepareOptions, prepare
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.data.sources.synthetic import synthesize
-from agrivision.errors import ExitCode
+from agrivision.errors import ExitCode, Interrupted
 from agrivision.evaluation.confusion import confusion_matrix
+from agrivision.inference.scoring import evaluate_run
 from agrivision.inference.trained import load_run
 from agrivision.rundir import RunDirectory, best_step
+from agrivision.world import World
 from tests.heard import hear, hear_one, refusal
-from tests.ranks import run
+from tests.ranks import Disturbance, run
 from tests.training.runs import arguments
 
 CONTRACT = {"miou", "iou", "confusion", "classes"}
@@ -222,3 +227,56 @@ def test_a_split_that_is_not_there_or_has_no_labels(trained: Path, dataset: Path
     command = ["evaluate", "--checkpoint", trained, "--data", dataset, "--split"]
     assert "'tset'" in refusal([*command, "tset"])
     assert "no labels" in refusal([*command, "test"])
+
+
+# The signal reaches one rank only: the others must hear of it.
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_asked_to_stop_all_ranks_leave_with_85(
+    ranks: int, number: signal.Signals, trained: Path, dataset: Path, tmp_path: Path, found
+) -> None:
+    file = tmp_path / "scores.json"
+    command = ["evaluate", "--checkpoint", trained, "--data", dataset, "--json", file]
+    command += ["--batch_size", "1"]
+    stop = Disturbance(number, "evaluating", count=2, rank=ranks - 1)
+    endings = hear(command, ranks, disturbance=stop)
+    assert [ending.code for ending in endings] == [ExitCode.STOPPED] * ranks, endings
+    for ending in endings:
+        assert ending.complaint.startswith("stopped before the evaluation was done: ")
+        assert ending.out == []
+    assert not file.exists()
+    assert run([str(word) for word in command], ranks) == [0] * ranks
+    assert json.loads(file.read_text()) == found(1, 1)
+
+
+# Sends a signal to this process at the moment when it begins to import torch.
+EARLY = """
+import os, signal, sys
+class Early:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGUSR1)
+from agrivision.cli import main
+assert "torch" not in sys.modules
+sys.meta_path.insert(0, Early())
+"""
+
+
+def test_a_signal_while_torch_is_imported(trained: Path, dataset: Path) -> None:
+    words = ["evaluate", "--checkpoint", str(trained), "--data", str(dataset)]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{EARLY}\nsys.exit(main({words!r}))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.STOPPED, done
+    assert "stopped before the evaluation was done" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_asked_to_stop_before_the_ranks_have_met(trained: Path, dataset: Path, tmp_path: Path) -> None:
+    alone = World(rank=1, size=2, launcher="slurm", job="1", job_dir=str(tmp_path))
+    with pytest.raises(Interrupted, match="before the ranks had met"):
+        evaluate_run(trained, dataset, "val", world=alone, stop=lambda: True)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from agrivision.errors import BadInput, ExitCode, Interrupted
+from agrivision import locks
+from agrivision.errors import BadInput, Busy, ExitCode, Interrupted
 from agrivision.inference.journal import Journal
 from agrivision.inference.predict import PredictOptions, PredictSummary, predict
 from agrivision.inference.trained import TrainedModel
@@ -302,15 +303,16 @@ def test_another_number_of_parts_goes_on(
 
 
 def test_the_same_part_twice_at_once(
-    trained: TrainedModel, source: Path, farm: Path, tmp_path: Path
+    trained: TrainedModel, source: Path, farm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 0.0)
     out = tmp_path / "out"
     calls: list[int] = []
 
     def again() -> bool:
         if not calls:
             calls.append(1)
-            with pytest.raises(BadInput, match=r"another process predicts part 1/2 into .*: wait"):
+            with pytest.raises(Busy, match=r"another process predicts part 1/2 into .*: wait"):
                 run(trained, [source], out, "1/2")
         return False
 
@@ -320,12 +322,81 @@ def test_the_same_part_twice_at_once(
     def again_scene() -> bool:
         if not calls:
             calls.append(1)
-            with pytest.raises(BadInput, match=r"another process predicts .*a\.tif into"):
+            with pytest.raises(Busy, match=r"another process predicts .*a\.tif into"):
                 run(trained, [farm / "a.tif"], out)
         return False
 
     run(trained, [farm], out, stop=again_scene)
     assert calls
+
+
+def test_a_part_that_another_process_keeps_may_be_tried_again(
+    trained: TrainedModel, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(trained, [source], tmp_path / "one")
+    run(trained, [source], out, "0/2")
+    impatient = "from agrivision import locks\nlocks._PATIENCE_SECONDS = 0.0"
+    with Journal(out / ".predict/labels/1-of-2", "another's", "it"):
+        process = command(trained, [source], out, "--part", "1/2", before=impatient)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.FAILED, errors
+    assert "agrivision: error: another process predicts part 1/2 into" in errors
+    assert "Traceback" not in errors
+    assert run(trained, [source], out, "1/2").missing == 0
+    assert outputs(out) == outputs(tmp_path / "one")
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_a_journal_waits_for_the_one_before(remove: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a/journal"
+    asked: list[int] = []
+    with Journal(path, "one", "it") as earlier:
+        earlier.append(b"x")
+
+        def lets_go() -> bool:
+            if len(asked) == 2:
+                if remove:
+                    earlier.remove()
+                earlier.__exit__(None, None, None)
+            asked.append(1)
+            return False
+
+        with Journal(path, "one", "it", lets_go) as journal:
+            assert list(journal.records()) == ([] if remove else [b"x"])
+            journal.append(b"y")
+    assert len(asked) == 3
+    with Journal(path, "one", "it") as journal:
+        assert list(journal.records()) == ([b"y"] if remove else [b"x", b"y"])
+
+
+def test_a_scene_that_the_one_before_finishes_is_not_done_twice(
+    trained: TrainedModel, farm: Path, seen: Counter, tmp_path: Path
+) -> None:
+    run(trained, [farm / "b.tif"], tmp_path / "one")
+    run(trained, [farm / "b.tif"], tmp_path / "out")
+    note = tmp_path / "out/.predict/scenes/b.tif.json"
+    kept, seen.images = note.read_bytes(), 0
+    note.unlink()
+    with Journal(note.with_name("b.tif.windows"), "the one before", "it") as earlier:
+
+        def finishes() -> bool:
+            if not note.exists():
+                note.write_bytes(kept)
+                earlier.append(b"x")
+                earlier.remove()
+                earlier.__exit__(None, None, None)
+            return False
+
+        run(trained, [farm / "b.tif"], tmp_path / "out", stop=finishes)
+    assert seen.images == 0
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "one")
+
+
+def test_a_journal_that_waits_hears_that_it_is_to_stop(tmp_path: Path) -> None:
+    path, words = tmp_path / "journal", "stopped while another process predicts it"
+    with Journal(path, "one", "it"), pytest.raises(Interrupted, match=words):
+        Journal(path, "one", "it", lambda: True)
 
 
 def test_parts_say_what_is_missing(trained: TrainedModel, source: Path, tmp_path: Path) -> None:
