@@ -89,7 +89,7 @@ def _submit(command: str, argv: list[str]) -> ExitCode:
     site = find_site(words.site)
     resources = check_ranks(command, build(*site.layers(command, os.environ), words.resources))
     setting = Setting.of(resources, site)
-    job = locate(command, words.rest)
+    job = locate(command, words.rest, parts=resources.parts)
     name = name_of(job, words.rest)
     if words.dry_run:
         sys.stdout.write(script(job.path, job.code, name, setting))

@@ -5,7 +5,7 @@ what is right then depends on why: a job that reached its time limit or was pree
 queue, a job that somebody cancelled must stay cancelled, and a run that fails again and again must not
 occupy nodes for ever. What each decision rests on was measured; `slurm/README.md` has it.
 
-    python -m launch.batch train --config FILE --run_dir DIR …      what slurm/*.sbatch call
+    python -m launch.batch train --config FILE --run_dir DIR …      where slurm/*.sbatch end up
     python -m launch.batch run JOB_DIR/job.json                     a job that was frozen before
 """
 
@@ -29,6 +29,7 @@ from agrivision.rundir import RunDirectory
 from agrivision.storage import make_private
 from launch import slurm
 from launch.decision import Next, Result, decide, judge, out_of_patience, why_stopped
+from launch.entry import become_frozen, with_code
 from launch.freeze import freeze_submission, runs_from
 from launch.jobdir import Attempt, JobDirectory, JobSpec
 from launch.place import Place
@@ -38,6 +39,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _ASK_AGAIN_SECONDS = 5.0
 _ASKS = 6  # a controller that restarts is back within half a minute
 _STEP_WAIT = 60  # a rank that ended early leaves the others this many seconds
+_DISABLED = "disabled"  # what scontrol says where a job may not be requeued
 _STOPPED = Result(code=ExitCode.STOPPED, line="")
 
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(JobDirectory.of_spec(Path(words[1])), signals)
         job = freeze_submission(words, Place.from_environment(), _say)
         if not runs_from(job.code):
-            _become_frozen(job)
+            become_frozen(str(job.path), str(job.spec_file))
         return run(job, signals)
     except AgrivisionError as error:
         _say(f"error: {error}")
@@ -61,21 +63,6 @@ def _say(line: str) -> None:
     clock = time.strftime("%Y-%m-%dT%H:%M:%S")
     sys.stdout.write(f"{clock} launch: {' '.join(line.split())}\n")
     sys.stdout.flush()
-
-
-def _become_frozen(job: JobDirectory) -> None:
-    """Go on in the code that the job was submitted with, whatever this process was loaded from."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # until it listens again; there are no ranks to tell yet
-    command = [sys.executable, "-m", "launch.batch", "run", str(job.spec_file)]
-    os.execve(sys.executable, command, _with_code(job, dict(os.environ)))  # noqa: S606
-
-
-def _with_code(job: JobDirectory, environment: dict[str, str]) -> dict[str, str]:
-    """An environment in which Python finds the frozen code first."""
-    path = [str(job.code), environment.get("PYTHONPATH", "")]
-    # Else the folder in which a module is started comes before all others: sbatch's, often a checkout.
-    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONSAFEPATH": "1"}
 
 
 class _Signals:
@@ -184,14 +171,16 @@ class _Batch:
         return judge(read_endings(endings), code, self._place.ranks)
 
     def _srun(self) -> list[str]:
+        place = self._place
         return [
             "srun",
-            f"--nodes={len(self._place.nodes)}",
-            f"--ntasks={self._place.tasks}",
-            f"--ntasks-per-node={self._place.tasks_per_node}",
+            f"--nodes={len(place.nodes)}",
+            f"--ntasks={place.tasks}",
+            f"--ntasks-per-node={place.tasks_per_node}",
             "--kill-on-bad-exit=1",
             f"--wait={_STEP_WAIT}",
             "--unbuffered",
+            *(["--overcommit"] if place.overcommit else []),
             *self._spec.srun,
             *self._spec.python,
             "-m",
@@ -200,10 +189,10 @@ class _Batch:
         ]
 
     def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
-        if "SLURM_CPUS_PER_TASK" in environment:  # srun does not take it over by itself since 22.05
-            environment.setdefault("SRUN_CPUS_PER_TASK", environment["SLURM_CPUS_PER_TASK"])
-        return _with_code(self._job, environment)
+        environment = with_code(str(self._job.code), os.environ)
+        if self._place.cpus_per_task:  # srun does not take it over by itself since 22.05
+            environment.setdefault("SRUN_CPUS_PER_TASK", str(self._place.cpus_per_task))
+        return environment
 
     def _follow(self, before: Sequence[Attempt], attempt: Attempt, result: Result) -> int:
         """Do what has to follow an attempt; returns the exit code of the batch job."""
@@ -255,16 +244,22 @@ class _Batch:
     def _again(self, attempt: Attempt) -> int:
         _say(f"ended with {attempt.code} ({attempt.reason}): back into the queue")
         # Noted before: the requeue ends this process.
-        self._job.ended(dataclasses.replace(attempt, decision="requeued"))
-        try:
-            slurm.requeue(self._place.job)
-        except slurm.SlurmError as error:
+        self._note(dataclasses.replace(attempt, decision="requeued"))
+        for _ in range(_ASKS):
+            try:
+                slurm.requeue(self._place.job)
+            except slurm.SlurmError as error:
+                refusal = str(error)
+            else:
+                return int(attempt.code or 0)
             now = self._ask()
             if decide(_STOPPED, now, self._place.restart, "") != Next.AGAIN:
                 return self._leave(attempt, now, Next.LEAVE)
-            _say(f"cannot requeue ({error}): submitting a successor")
-            return self._succeed(attempt)
-        return int(attempt.code or 0)
+            if _DISABLED in refusal:
+                break
+            time.sleep(_ASK_AGAIN_SECONDS)
+        _say(f"cannot requeue ({refusal}): submitting a successor")
+        return self._succeed(attempt)
 
     def _succeed(self, attempt: Attempt) -> int:
         """Where requeueing is disabled: another job like this one."""
@@ -285,20 +280,28 @@ class _Batch:
         return self._end(attempt, f"successor {successor}", line)
 
     def _frozen_variables(self) -> list[str]:
-        found = _with_code(self._job, dict(os.environ))
+        found = with_code(str(self._job.code), os.environ)
         return [f"{name}={found[name]}" for name in ("PYTHONPATH", "PYTHONSAFEPATH")]
 
     def _successor_options(self) -> list[str]:
         spec, nodes = self._spec, self._spec.resources.get("nodes")
-        options = [f"--ntasks-per-node={self._place.tasks_per_node}", "--open-mode=append"]
+        # Not requeued either, as this one: else there were no successor.
+        options = ["--open-mode=append", "--no-requeue"]
         if nodes:  # a range, which the running job does not tell
             options.append(f"--nodes={nodes}")
         if spec.signal_seconds:
             options.append(f"--signal=USR1@{spec.signal_seconds}")
         return options
 
+    def _note(self, attempt: Attempt) -> None:
+        """Write down how the attempt ended; a disk that refuses does not change what follows."""
+        try:
+            self._job.ended(attempt)
+        except AgrivisionError as error:
+            _say(f"cannot note how the attempt ended: {error}")
+
     def _end(self, attempt: Attempt, decision: str, line: str = "", code: int | None = None) -> int:
-        self._job.ended(dataclasses.replace(attempt, decision=decision))
+        self._note(dataclasses.replace(attempt, decision=decision))
         if decision == "done":
             _say(f"done after {attempt.number} attempts")
         else:

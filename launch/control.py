@@ -13,10 +13,10 @@ import jsonargparse
 from agrivision.console import say
 from agrivision.errors import BadInput, ExitCode
 from launch import slurm
-from launch.find import Found, find, tasks
+from launch.find import Found, find, is_done, tasks
 from launch.freeze import freeze_code
 from launch.jobdir import JobDirectory, JobSpec
-from launch.resources import Words, build, check_known, describe, find_site, take_apart
+from launch.resources import Site, Words, build, check_known, describe, find_site, take_apart
 from launch.slurm import QueuedJob
 from launch.submit import Setting, alive, check_path, check_ranks, script, submit
 
@@ -62,6 +62,7 @@ def resume(argv: list[str]) -> ExitCode:
             "usage: python -m launch resume DIR … [RESOURCES] [--fresh_code] [--site FILE]"
             " [--dry_run]\n\n"
             "Submit again what was interrupted, with the resources of before unless others are given.\n"
+            "What was submitted by sbatch needs --nodes and --gpus_per_node or --tasks_per_node.\n"
             "Of a folder that holds several, those that are neither done nor in the queue.\n\n"
             f"{describe()}"
             "  --fresh_code          run the code of today instead of that of the first submission"
@@ -72,17 +73,20 @@ def resume(argv: list[str]) -> ExitCode:
     paths = [Path(word) for word in words.rest if not word.startswith("--")]
     if not paths:
         raise BadInput("resume needs a run directory")
+    if "parts" in words.resources:
+        raise BadInput("resume does not divide anew: give the command again, with other --parts")
     slurm.require()
+    site = find_site(words.site)
     found = find(paths)
     known = _ask(found)
     for one in found:
-        refusal = _refusal(one, known)
+        refusal = _refusal(one, known) or _unknown_ranks(one, words, site)
         if refusal and len(found) == 1:
             raise BadInput(refusal)
         if refusal:
             say(refusal)
         elif one.job is not None:
-            _resume(one.path, one.job, words)
+            _resume(one.path, one.job, words, site)
     return ExitCode.DONE
 
 
@@ -92,17 +96,31 @@ def _refusal(found: Found, known: dict[str, QueuedJob]) -> str:
         return f"{found.path} was never launched: use `python -m launch train --run_dir {found.path}`"
     for job in _alive(found, known):
         return f"{found.path}: job {job.id} is {job.state}; `python -m launch cancel` ends it"
-    if tasks(found.job):
-        return f"{found.path} was made by a job array of sbatch: submit the same script again"
-    attempts = found.job.attempts()
-    if attempts and attempts[-1].decision == "done":
+    if is_done(found.job):
         return f"{found.path} is done"
+    if tasks(found.job)[0].task is not None:
+        return f"{found.path} was made by a job array: submit it as before; what is done stays"
     return ""
 
 
-def _resume(out: Path, job: JobDirectory, words: Words) -> None:
+def _unknown_ranks(found: Found, words: Words, site: Site) -> str:
+    """A plain sbatch leaves no note of what it asked for, and one rank would silently take over."""
+    if found.job is None or found.job.spec().resources:
+        return ""
+    given = words.resources.keys() | _defaults(found.job.spec(), site).keys()
+    if "nodes" in given and given & {"gpus_per_node", "tasks_per_node"}:
+        return ""
+    last = next(reversed(found.job.attempts()), None)
+    had = f" (it had {last.tasks} ranks on {len(last.nodes)} nodes)" if last is not None else ""
+    return (
+        f"{found.path} was submitted by sbatch{had}: say --nodes, and --gpus_per_node or"
+        " --tasks_per_node, or submit the script again"
+    )
+
+
+def _resume(out: Path, job: JobDirectory, words: Words, site: Site) -> None:
     spec = job.spec()
-    setting = _setting(spec, words)
+    setting = _setting(spec, words, site)
     check_path(job.path)
     if words.dry_run:
         say(script(job.path, job.code, out.name, setting).rstrip("\n"))
@@ -119,10 +137,16 @@ def _resume(out: Path, job: JobDirectory, words: Words) -> None:
             say(f"job {dependent} does not wait for it: {error}")
 
 
-def _setting(spec: JobSpec, words: Words) -> Setting:
+def _defaults(spec: JobSpec, site: Site) -> dict[str, str]:
+    """What a site asks for where nothing else is said; what is one job does not become an array."""
+    merged: dict[str, str] = {}
+    for layer in site.layers(spec.command[0], os.environ):
+        merged |= layer
+    return {name: value for name, value in merged.items() if name != "parts"}
+
+
+def _setting(spec: JobSpec, words: Words, site: Site) -> Setting:
     """As before, but for what the command line says; a profile that it names brings all of its own."""
-    site = find_site(words.site)
-    command = spec.command[0]
     before = dict(spec.resources)
     setup = tuple(before.pop("setup", ()))
     if not before:  # a plain sbatch, whose flags nobody has noted
@@ -130,8 +154,8 @@ def _setting(spec: JobSpec, words: Words) -> Setting:
         before |= {"signal_seconds": spec.signal_seconds} if spec.signal_seconds else {}
         before |= {"srun_args": shlex.join(spec.srun)} if spec.srun else {}
         setup = site.setup
-    layers = site.layers(command, os.environ)
-    resources = check_ranks(command, build(*layers, before, words.resources))
+    resources = build(_defaults(spec, site), before, words.resources)
+    resources = check_ranks(spec.command[0], resources)
     named = words.site is not None
     return Setting(
         resources=resources,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -14,6 +13,7 @@ from launch.slurm import QueuedJob
 
 _LIMIT_DRIFT = 60  # Slurm's signal comes up to half a minute early, and the ranks take time to save
 _SHOWN = 8
+_LOSS = "lost the other ranks"  # how agrivision.errors.PeerLost begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,8 @@ def judge(endings: Sequence[Ending], code: int, ranks: Sequence[str]) -> Result:
     )
     if failed and failed[0][3]:
         return Result(code=ExitCode.FAILED, line=failed[0][2], traceback=failed[0][3])
-    first = [failed[0][2]] if failed else []
+    # Who lost a rank that said nothing has nothing to add.
+    first = [line for _, _, line, _ in failed if not silent or _LOSS not in line][:1]
     if silent:
         line = "; ".join([_silence([ranks[rank] for rank in silent], code), *first])
         return Result(code=code if code > 128 else ExitCode.FAILED, line=line)
@@ -68,14 +69,8 @@ def judge(endings: Sequence[Ending], code: int, ranks: Sequence[str]) -> Result:
 
 
 def _silence(ranks: Sequence[str], code: int) -> str:
-    names = ", ".join(ranks[:_SHOWN]) + (
-        f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    )
-    try:
-        killed = f", {signal.Signals(code - 128).name}"
-    except ValueError:
-        killed = ""
-    return f"{names} ended without a word (srun: {code}{killed})"
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"{', '.join(ranks[:_SHOWN])}{more} ended without a word (srun: {code})"
 
 
 class Next(Enum):

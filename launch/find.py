@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +86,36 @@ def _itself(path: Path) -> Found | None:
     return Found(out, job)
 
 
-def tasks(job: JobDirectory) -> dict[int, str]:
-    """The latest job of each task, where a job array shares the directory; empty for any other."""
-    numbers = sorted(
-        place.task
-        for place in map(JobDirectory.of_spec, job.path.glob("job-*.json"))
-        if place.task is not None
-    )
-    latest = {name.partition("_")[2]: name for name in job.jobs()}
-    return {task: latest.get(str(task), "") for task in numbers}
+def tasks(job: JobDirectory) -> list[JobDirectory]:
+    """Those of the tasks of a job array that share a directory; else the directory itself."""
+    files = map(JobDirectory.of_spec, job.path.glob("job-*.json"))
+    shared = {one.task: one for one in files if one.task is not None}
+    return [shared[task] for task in sorted(shared)] or [job]
+
+
+def jobs_of(job: JobDirectory, names: Sequence[str] | None = None) -> list[str]:
+    """Slurm's ids of a job or of one task of an array, oldest first.
+
+    Args:
+        job: its directory.
+        names: all ids of the directory, for who asks for many tasks of it; None reads them.
+    """
+    names = job.jobs() if names is None else names
+    if job.task is None:
+        return list(names)
+    # A task's successor is a job by itself: which task it goes on with, its predecessor's id says.
+    lines = {name: [name] if "_" in name else job.lineage(name) for name in names}
+    return [name for name in names if any(one.endswith(f"_{job.task}") for one in lines[name])]
+
+
+def is_done(job: JobDirectory) -> bool:
+    """Whether a job, or each task of an array, has ended well."""
+    last = [next(reversed(task.attempts()), None) for task in tasks(job)]
+    return all(attempt is not None and attempt.decision == "done" for attempt in last)
+
+
+def last_submission(job: JobDirectory) -> float:
+    """When Slurm was last given a job of this directory, in seconds since 1970; 0 for never."""
+    with suppress(OSError):
+        return (job.path / "submissions.jsonl").stat().st_mtime
+    return 0.0

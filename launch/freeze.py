@@ -22,13 +22,21 @@ from agrivision.errors import BadInput
 from agrivision.locks import FileLock
 from agrivision.options import parse_train
 from agrivision.storage import remove_tree, storage_error, sync_folder, sync_tree, write_atomically
+from launch.entry import job_folder, value_of
 from launch.jobdir import JobDirectory, JobSpec
 from launch.place import Place
 from launch.turn import earlier_jobs
 
+__all__ = ["freeze_code", "freeze_submission", "freeze_train", "job_directory", "value_of"]
+
 _PACKAGES = ("agrivision", "launch")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
-_COMMANDS = ("train", "prepare", "evaluate", "predict")
+_MISSING = {
+    "train": "train needs --run_dir: the folder of the run",
+    "prepare": "prepare needs the source and the folder to make, before any option",
+    "evaluate": "evaluate needs --checkpoint: a run directory or a checkpoint",
+    "predict": "predict needs --out: the folder for the maps",
+}
 _POLL_SECONDS = 0.1
 
 
@@ -51,15 +59,15 @@ def freeze_submission(
         StorageError, NotWritable: the disk refused.
     """
     command, arguments = (words[0], words[1:]) if words else ("", ())
-    if command not in _COMMANDS:
-        raise BadInput(f"give a command ({', '.join(_COMMANDS)}) and its arguments")
-    if command == "train":
-        run_dir = value_of(arguments, "--run_dir") or str(parse_train(arguments).run_dir)
-        job = JobDirectory.of_run(Path(_absolute(run_dir)))
-    else:
-        job = job_directory(command, arguments, place.task)
+    if command not in _MISSING:
+        raise BadInput(f"give a command ({', '.join(_MISSING)}) and its arguments")
+    job = job_directory(command, arguments, place.task)
     if _frozen(job, place):
         return job
+    if os.pathsep in str(job.path):
+        raise BadInput(
+            f"{job.path} has a {os.pathsep} in it, which PYTHONPATH cannot hold: choose another"
+        )
     if command == "train":
         parse_train(arguments)  # nothing is made of what is wrong
     job.make()
@@ -187,42 +195,21 @@ def _absolute(path: str) -> str:
     return os.path.abspath(path) if path else path  # noqa: PTH100
 
 
-def value_of(arguments: Sequence[str], flag: str) -> str | None:
-    """What follows a flag on a command line, `--flag value` or `--flag=value`; the last one counts."""
-    found = None
-    for place, argument in enumerate(arguments):
-        if argument == flag and place + 1 < len(arguments):
-            found = arguments[place + 1]
-        elif argument.startswith(f"{flag}="):
-            found = argument.partition("=")[2]
-    return found
-
-
 def job_directory(command: str, arguments: Sequence[str], task: int | None = None) -> JobDirectory:
-    """Where the files of a command's job go: beside what it writes.
+    """Where the files of a command's job go: in its run directory, or beside what it writes.
 
     Args:
-        command: `prepare`, `evaluate` or `predict`.
+        command: `train`, `prepare`, `evaluate` or `predict`.
         arguments: that follow it.
         task: number in a job array.
 
     Raises:
         BadInput: the arguments do not say what is written.
     """
-    if command == "evaluate":
-        run = value_of(arguments, "--checkpoint")
-        if run is None:
-            raise BadInput("evaluate needs --checkpoint: a run directory or a checkpoint")
-        return JobDirectory.beside(Path(f"{_absolute(run)}.evaluate"), task)
-    if command == "predict":
-        out = value_of(arguments, "--out")
-        if out is None:
-            raise BadInput("predict needs --out: the folder for the maps")
-        return JobDirectory.beside(Path(_absolute(out)), task)
-    words = [word for word in arguments[:2] if not word.startswith("-")]
-    if len(words) < 2:
-        raise BadInput("prepare needs the source and the folder to make, before any option")
-    return JobDirectory.beside(Path(_absolute(words[1])), task)
+    folder = job_folder(command, arguments)
+    if not folder:
+        raise BadInput(_MISSING[command])
+    return JobDirectory(Path(folder), task)
 
 
 def python_of_this() -> tuple[str, ...]:

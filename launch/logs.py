@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import jsonargparse
 from agrivision.console import say
 from agrivision.errors import BadInput, ExitCode
 from agrivision.rundir import RunDirectory
-from launch.find import find_one
+from launch.find import find_one, jobs_of, last_submission, tasks
 from launch.jobdir import JobDirectory
 from launch.poll import poll
-from launch.status import is_over, state_of
+from launch.status import is_over, known_of, state_of
 from launch.submit import alive
 
 _POLL_SECONDS = 0.5
@@ -36,11 +36,19 @@ def main(argv: list[str]) -> ExitCode:
     parser.add_argument("path", type=str, help="run or job directory, or what a job writes")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the job is over")
     parser.add_argument("--attempt", type=int, default=None, help="only this one; 1 is the first")
+    parser.add_argument("--task", type=int, default=None, help="of a job array; default: all its tasks")
     parser.add_argument("--rank", type=int, default=None, help="a rank's own log instead")
     args = parser.parse_args(argv)
     if args.attempt is not None and (args.follow or args.rank is not None):
         raise BadInput("--attempt goes by itself, without --follow and --rank")
-    out, job = find_one(Path(args.path))
+    out, found = find_one(Path(args.path))
+    several = _tasks(found, args.task)
+    if len(several) > 1:
+        if args.follow or args.attempt is not None or args.rank is not None:
+            raise BadInput(f"{out} is a job array of {len(several)} tasks: say which with --task")
+        _write_all(several)
+        return ExitCode.DONE
+    (job,) = several
     if args.attempt is not None:
         _write(attempt_log(job, args.attempt))
         return ExitCode.DONE
@@ -51,6 +59,8 @@ def main(argv: list[str]) -> ExitCode:
         source: Callable[[], Path | None] = lambda: file  # noqa: E731
     else:
         source = lambda: log_file(job)  # noqa: E731
+        if source() is None and not jobs_of(job):
+            raise BadInput(f"no log in {job.path}: the job was not submitted")
         if source() is None and not args.follow:
             raise BadInput(f"no log yet in {job.path}: the job has not started (see launch status)")
     try:
@@ -61,14 +71,42 @@ def main(argv: list[str]) -> ExitCode:
     return ExitCode.DONE
 
 
+def _tasks(job: JobDirectory, number: int | None) -> list[JobDirectory]:
+    """Those that are meant: one, or all of a job array.
+
+    Raises:
+        BadInput: there is no such task.
+    """
+    known = tasks(job)
+    if number is None:
+        return known
+    for task in known:
+        if task.task == number:
+            return [task]
+    raise BadInput(f"there is no task {number} in {job.path}: --task is a number in a job array")
+
+
+def _write_all(several: Sequence[JobDirectory]) -> None:
+    for job in several:
+        _write(f"==> task {job.task} <==\n".encode())
+        file = log_file(job)
+        if file is not None:
+            _copy(file)
+
+
+def _copy(file: Path) -> None:
+    for chunk in chunks(lambda: file, over=lambda: True, follow=False):
+        _write(chunk)
+
+
 def _write(chunk: bytes) -> None:
     sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
 
 
 def log_file(job: JobDirectory, number: str | None = None) -> Path | None:
-    """The log of one job of a directory, by default of the latest that has one."""
-    jobs = job.jobs() if number is None else [number]
+    """The log of one job of a directory or task, by default of the latest that has one."""
+    jobs = jobs_of(job) if number is None else [number]
     # A sweep's elements are one job array, whose logs stand together in the sweep's own folder.
     folders = [job.path, job.path.parent.parent / job.path.name]
     with suppress(BadInput):
@@ -143,14 +181,14 @@ def _read(file: Path, position: int) -> bytes:
 
 
 def is_ended(job: JobDirectory) -> bool:
-    """Whether nothing more comes of a job's directory by itself."""
-    jobs, attempts = job.jobs(), job.attempts()
+    """Whether nothing more comes of a job or task by itself."""
+    jobs, attempts = jobs_of(job), job.attempts()
     last = attempts[-1] if attempts else None
     latest = jobs[-1] if jobs else ""
     if is_over(state_of(latest, last, None)):
         return True
-    answer = poll([latest]) if latest else None
-    if answer is None or answer.problem:
+    answer = poll(last_submission(job))
+    if answer.problem:
         return False
-    found = answer.jobs.get(latest)
+    found = known_of(latest, answer.jobs)
     return found is None or not alive(found)

@@ -15,10 +15,19 @@ from pathlib import Path
 from agrivision.console import say
 from agrivision.data.schema import FILE_NAME
 from agrivision.errors import BadInput, ExitCode
-from agrivision.storage import make_private
+from launch.find import is_done
 from launch.jobdir import JobDirectory
 from launch.resources import NAMES, Site, build, describe, find_site, take_apart
-from launch.submit import Setting, check_ranks, freeze, locate, refuse_if_queued, script, submit
+from launch.submit import (
+    Setting,
+    check_ranks,
+    freeze,
+    locate,
+    make_folder,
+    refuse_if_queued,
+    script,
+    submit,
+)
 
 _USAGE = """\
 usage: python -m launch pipeline --source S --out DIR --config FILE [--section.key value …] [RESOURCES]
@@ -86,7 +95,12 @@ def main(argv: list[str]) -> ExitCode:
     waiting = [stage for stage in stages if not stage.done]
     # What a stage before makes is not there yet.
     places = {
-        stage.command: locate(stage.command, stage.arguments, inputs=stage.command == "prepare")
+        stage.command: locate(
+            stage.command,
+            stage.arguments,
+            inputs=stage.command == "prepare",
+            parts=stage.setting.resources.parts,
+        )
         for stage in waiting
     }
     if words.dry_run:
@@ -95,7 +109,7 @@ def main(argv: list[str]) -> ExitCode:
         return ExitCode.DONE
     for place in places.values():
         refuse_if_queued(place)
-    make_private(request.out)
+    make_folder(request.out)
     for stage in stages:
         if stage.done:
             say(f"{stage.command}: there already")
@@ -166,9 +180,9 @@ def plan(request: Request, site: Site, resources: dict[str, str]) -> list[Stage]
     needs = {"prepare": (), "train": ("prepare",), "evaluate": ("train",), "predict": ("train",)}
     done = {
         "prepare": (out / "dataset" / FILE_NAME).is_file(),
-        "train": _ended(JobDirectory.of_run(out / "run")),
+        "train": is_done(JobDirectory.of_run(out / "run")),
         "evaluate": (out / "score.json").is_file(),
-        "predict": _ended(JobDirectory.beside(out / "maps")),
+        "predict": is_done(JobDirectory.beside(out / "maps")),
     }
     stages = []
     for command in _STAGES:
@@ -185,11 +199,6 @@ def plan(request: Request, site: Site, resources: dict[str, str]) -> list[Stage]
             )
         )
     return stages
-
-
-def _ended(job: JobDirectory) -> bool:
-    attempts = job.attempts()
-    return bool(attempts) and attempts[-1].decision == "done"
 
 
 def _show(stage: Stage, places: dict[str, JobDirectory]) -> None:
@@ -227,5 +236,7 @@ def submit_all(stages: Sequence[Stage], places: dict[str, JobDirectory]) -> None
 
 def _depends(job: JobDirectory, dependent: str) -> None:
     """Note a waiting job where the one that it waits for looks when a successor takes its place."""
+    if not job.spec_file.is_file():  # an array: the successor of one task does not stand for the others
+        return
     spec = job.spec()
     job.write_spec(dataclasses.replace(spec, dependents=(*spec.dependents, dependent)))

@@ -1,7 +1,7 @@
-"""What Slurm says of many jobs, asked for together and not too often.
+"""What Slurm says of this user's jobs, asked for all together and not too often.
 
-The answer is kept in a private file for half a minute, so that `watch -n1 python -m launch status` on
-every screen of the office costs the controller one question.
+The answer is kept in a private file for half a minute, also where it is that there was none: `watch -n1
+python -m launch status` on every screen of the office costs the controller one question.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from launch import slurm
 from launch.slurm import QueuedJob
 
 SECONDS = 30.0
-_REMEMBERED_SECONDS = 300.0  # a job that nobody has asked for any more is not asked about
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Answer:
     """What Slurm said.
 
     Attributes:
-        jobs: by id; those that it has forgotten are not among them.
+        jobs: of this user, by id; those that it has forgotten are not among them.
         age: seconds since it said so; None where it did not say anything.
         problem: why it did not; else empty.
     """
@@ -40,37 +39,32 @@ class Answer:
 
 
 def poll(
-    jobs: Iterable[str],
+    submitted: float,
     *,
-    ask: Callable[[list[str]], dict[str, QueuedJob]] = slurm.queue,
+    ask: Callable[[], dict[str, QueuedJob]] = slurm.queue_of_user,
     clock: Callable[[], float] = time.time,
     environment: Mapping[str, str] = os.environ,
 ) -> Answer:
-    """Ask about some jobs, unless the last answer is young and holds them.
+    """Ask Slurm, unless the last answer is young and holds what is looked for.
 
     Args:
-        jobs: ids.
+        submitted: when the latest of the jobs that are looked for was, in seconds since 1970; an answer
+            from before that does not know it.
         ask: Slurm.
         clock: seconds since 1970.
         environment: says where caches are, and which cluster is meant.
     """
-    wanted = {job.partition("_")[0] for job in jobs}
-    if not wanted:
-        return Answer({}, None)
     file, now = _file(environment), clock()
-    asked, seconds, known = _read(file)
-    age = now - seconds
-    if wanted <= asked.keys() and 0 <= age < SECONDS:
-        _write(file, asked | dict.fromkeys(wanted, now), seconds, known)
-        return Answer(known, age)
-    asked = {job: at for job, at in asked.items() if 0 <= now - at < _REMEMBERED_SECONDS}
-    asked |= dict.fromkeys(wanted, now)
+    asked, kept = _read(file, now)
+    # A time of submission that is still to come is that of a file server whose clock is ahead.
+    if 0 <= now - asked < SECONDS and not asked < submitted <= now:
+        return kept
     try:
-        found = ask(sorted(asked, key=int))
+        answer = Answer(ask(), 0.0)
     except slurm.SlurmError as error:
-        return Answer({}, None, str(error))
-    _write(file, asked, now, found)
-    return Answer(found, 0.0)
+        answer = Answer({}, None, str(error))
+    _write(file, now, answer)
+    return answer
 
 
 def _file(environment: Mapping[str, str]) -> Path:
@@ -79,23 +73,20 @@ def _file(environment: Mapping[str, str]) -> Path:
     return home / "agrivision" / f"queue-{hashlib.sha256(cluster.encode()).hexdigest()[:16]}.json"
 
 
-def _read(file: Path) -> tuple[dict[str, float], float, dict[str, QueuedJob]]:
-    """Who was asked about and when; when Slurm answered, and what; nothing where there is no file."""
+def _read(file: Path, now: float) -> tuple[float, Answer]:
+    """When Slurm was asked, and what came of it; as if it were long ago where there is no file."""
     try:
         content = json.loads(file.read_bytes())
-        known = {str(name): QueuedJob(**job) for name, job in content["jobs"].items()}
-        asked = {str(name): float(at) for name, at in content["asked"].items() if name.isdigit()}
-        return asked, float(content["time"]), known
+        asked, problem = float(content["time"]), str(content["problem"])
+        jobs = {str(name): QueuedJob(**job) for name, job in content["jobs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, 0.0, {}
+        return 0.0, Answer({}, None)
+    return asked, Answer(jobs, None if problem else now - asked, problem)
 
 
-def _write(file: Path, asked: dict[str, float], seconds: float, jobs: dict[str, QueuedJob]) -> None:
-    content = {
-        "asked": asked,
-        "time": seconds,
-        "jobs": {name: dataclasses.asdict(job) for name, job in jobs.items()},
-    }
+def _write(file: Path, now: float, answer: Answer) -> None:
+    jobs = {name: dataclasses.asdict(job) for name, job in answer.jobs.items()}
+    content = {"time": now, "problem": answer.problem, "jobs": jobs}
     try:
         make_private(file.parent)
         write_atomically(file, json.dumps(content).encode())

@@ -70,6 +70,7 @@ class Resources:
         job_name: as squeue shows it; null: the name of what the job writes.
         signal_seconds: warn the ranks this long before the time limit, so that they save.
         max_attempts: start the job no more often than this altogether.
+        parts: divide a preparation or a prediction among so many tasks of a job array.
         srun_args: further options of srun, as in a shell: '--cpu-bind=cores --mpi=none'.
     """
 
@@ -96,6 +97,7 @@ class Resources:
     job_name: str | None = None
     signal_seconds: int = 180
     max_attempts: int = 100
+    parts: int = 1
     srun_args: str | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class Resources:
             value = getattr(self, name)
             good = value is None or _GPUS.fullmatch(value) is not None
             _require(good, name, value, "a number, or a type and a number such as a100:4")
-        for name in ("tasks_per_node", "cpus_per_task", "signal_seconds", "max_attempts"):
+        for name in ("tasks_per_node", "cpus_per_task", "signal_seconds", "max_attempts", "parts"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         if self.minutes is not None and self.signal_seconds >= 60 * self.minutes:

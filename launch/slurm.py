@@ -95,12 +95,24 @@ def queue(jobs: Sequence[str]) -> dict[str, QueuedJob]:
     """
     if not jobs:
         return {}
+    return _queue(f"--jobs={','.join(jobs)}")
+
+
+def queue_of_user() -> dict[str, QueuedJob]:
+    """What Slurm knows of all jobs of this user, in one question to it.
+
+    Raises:
+        SlurmError: squeue failed.
+    """
+    return _queue(f"--user={os.getuid()}")
+
+
+def _queue(which: str) -> dict[str, QueuedJob]:
     columns = ",".join(f"{name}:{_COLUMN}" for name in _FIELDS)
-    command = ["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}"]
-    # squeue fails if it knows none of the ids that it is asked for; so all of the user's are asked for
-    # where there are several, and one that is unknown is no error.
-    done = _call([*command, f"--jobs={','.join(jobs)}"], check=False)
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", which]
+    done = _call(command, check=False)
     if done.returncode != 0:
+        # So it fails if it knows none of the ids that it is asked for; some of them are no error.
         if "Invalid job id" in done.stderr:
             return {}
         raise SlurmError(f"squeue: {_said(done)}")
@@ -216,6 +228,7 @@ _LONG_COLUMN = 4096  # for paths
 _NOTHING = {"", "N/A", "(null)", "None", "0"}
 # Of a job as its environment says it.
 _TOLD = {
+    "SLURM_NTASKS_PER_NODE": "--ntasks-per-node", "SLURM_NTASKS": "--ntasks",
     "SLURM_CPUS_PER_TASK": "--cpus-per-task", "SLURM_MEM_PER_NODE": "--mem",
     "SLURM_MEM_PER_CPU": "--mem-per-cpu", "SLURM_MEM_PER_GPU": "--mem-per-gpu",
 }  # fmt: skip

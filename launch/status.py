@@ -28,7 +28,7 @@ from agrivision.data.schema import Schema
 from agrivision.errors import AgrivisionError, ExitCode
 from agrivision.options import read_config
 from agrivision.rundir import RunDirectory, best_step
-from launch.find import Found, find, tasks
+from launch.find import Found, find, jobs_of, last_submission, tasks
 from launch.jobdir import Attempt, JobDirectory
 from launch.poll import SECONDS, Answer, poll
 from launch.slurm import QueuedJob
@@ -74,7 +74,7 @@ class Row:
         command: of agrivision; empty for a run that was never launched.
         job: Slurm's id of the latest job.
         state: Slurm's word, in small letters, while Slurm knows the job; else what its files say: done,
-            given up, cancelled, lost, ended, not launched.
+            given up, cancelled, lost, ended, not submitted, not launched.
         step: optimiser steps done.
         total_steps: of the whole run.
         epoch: that the step is in, 1 for the first.
@@ -157,28 +157,27 @@ def main(argv: list[str]) -> ExitCode:
 
 def report(found: Sequence[Found]) -> Report:
     """Gather what is known of some work, with one question to Slurm."""
-    answer = poll(job for one in found for job in _asked_about(one))
+    open_jobs = [one.job for one in found if one.job is not None and _needs_slurm(one.job)]
+    submitted = max(map(last_submission, open_jobs), default=0.0)
+    answer = poll(submitted) if open_jobs else Answer({}, None)
     return Report([row_of(one, answer.jobs) for one in found], answer)
 
 
-def _asked_about(found: Found) -> list[str]:
-    """The jobs that decide how some work stands; none where its own files say that it is done."""
-    if found.job is None:
-        return []
-    return [job for job, last in _latest(found.job) if last is None or last.decision != "done"]
+def _needs_slurm(job: JobDirectory) -> bool:
+    """Whether only Slurm knows how some work stands; its own files do where it is done."""
+    return any(
+        name and (last is None or (last.job, last.decision) != (name, "done"))
+        for name, last in _latest(job)
+    )
 
 
 def _latest(job: JobDirectory) -> list[tuple[str, Attempt | None]]:
-    """The latest job with its last attempt; those of each task where an array shares the directory."""
-    shared = tasks(job)
-    if shared:
-        return [(name, _last(JobDirectory(job.path, task).attempts())) for task, name in shared.items()]
-    jobs = job.jobs()
-    return [(jobs[-1] if jobs else "", _last(job.attempts()))]
-
-
-def _last(attempts: Sequence[Attempt]) -> Attempt | None:
-    return attempts[-1] if attempts else None
+    """The latest job, empty before there is one, and the last attempt; of each task of an array."""
+    names = job.jobs()
+    return [
+        (next(reversed(jobs_of(one, names)), ""), next(reversed(one.attempts()), None))
+        for one in tasks(job)
+    ]
 
 
 def row_of(found: Found, queued: Mapping[str, QueuedJob]) -> Row:
@@ -195,7 +194,7 @@ def row_of(found: Found, queued: Mapping[str, QueuedJob]) -> Row:
         )
     spec, latest = found.job.spec(), _latest(found.job)
     of_run = _progress(Path(spec.run_dir), found.job.config) if spec.run_dir else {}
-    known = [queued.get(job) for job, _ in latest]
+    known = [known_of(job, queued) for job, _ in latest]
     states = [state_of(job, last, now) for (job, last), now in zip(latest, known, strict=True)]
     reasons = [why(last, now) for (_, last), now in zip(latest, known, strict=True)]
     return Row(
@@ -210,6 +209,12 @@ def row_of(found: Found, queued: Mapping[str, QueuedJob]) -> Row:
     )
 
 
+def known_of(job: str, queued: Mapping[str, QueuedJob]) -> QueuedJob | None:
+    """What Slurm says of a job; an array that is cancelled before it begins is one job to it again."""
+    whole = queued.get(job.partition("_")[0])
+    return queued.get(job, whole if whole is not None and "_" not in whole.id else None)
+
+
 def _together(states: Sequence[str]) -> str:
     """One state, or how many tasks of an array are in each: `done 3, running 1`."""
     if len(set(states)) == 1:
@@ -219,6 +224,8 @@ def _together(states: Sequence[str]) -> str:
 
 def state_of(job: str, last: Attempt | None, queued: QueuedJob | None) -> str:
     """One word or two for how a job is."""
+    if not job and last is None:
+        return "not submitted"
     if queued is not None and alive(queued):
         return queued.state.lower()
     if last is not None and last.job == job and last.decision:

@@ -46,7 +46,7 @@ _SUBMITIT = ("gpus_per_node", "gpus_per_task", "cpus_per_task", "mem", "partitio
              "constraint", "exclude", "nodelist", "gres", "comment", "mail_user", "mail_type",
              "dependency")  # fmt: skip
 _TRAIN_FLAGS = ("config", "run_dir", "resume_with_changes", "print_config", "help", "seed")
-_ALONE = ("prepare", "predict")  # one process, which uses all cores or one GPU
+_ALONE = ("prepare", "predict")  # one process a part, which uses all cores or one GPU
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,15 @@ class Setting:
         return len(job.attempts()) + self.resources.max_attempts
 
     def noted(self) -> dict[str, Any]:
-        """For job.json, and for `resume`, which waits for nothing."""
-        given = {name: value for name, value in self.resources.given().items() if name != "dependency"}
+        """For job.json, and for `resume`, which waits for nothing; that of a plain sbatch is empty."""
+        given = {"nodes": self.resources.nodes} | self.resources.given()
+        given.pop("dependency", None)
         return given | ({"setup": list(self.setup)} if self.setup else {})
 
 
-def locate(command: str, arguments: Sequence[str], *, inputs: bool = True) -> JobDirectory:
+def locate(
+    command: str, arguments: Sequence[str], *, inputs: bool = True, parts: int = 1
+) -> JobDirectory:
     """Check a command's arguments as its own parser does, and find the directory of its job.
 
     Nothing is written.
@@ -118,12 +121,15 @@ def locate(command: str, arguments: Sequence[str], *, inputs: bool = True) -> Jo
         command: `train`, `prepare`, `evaluate` or `predict`.
         arguments: that follow it.
         inputs: look whether what it reads is there; not for a job that waits for another's output.
+        parts: tasks of a job array that divide it.
 
     Raises:
         BadInput: an argument is wrong.
     """
     for word in arguments:
         check_text("an argument", word)
+    if parts > 1 and value_of(arguments, "--part") is not None:
+        raise BadInput("--parts gives each task of the array its --part: give only one of the two")
     if command == "train":
         sections = {key.partition(".")[0] for key in flatten(Config().to_dict())}
         check_known(arguments, "train", [*_TRAIN_FLAGS, *sorted(sections - {"seed"})])
@@ -179,25 +185,33 @@ def check_path(path: Path) -> None:
 
 
 def check_ranks(command: str, resources: Resources) -> Resources:
-    """Refuse several ranks for a command that is one process.
+    """Refuse several ranks for a command that is one process, and several parts for any other.
 
     Returns:
         The resources; GPUs do not multiply the ranks of such a command.
 
     Raises:
-        BadInput: several ranks are asked for.
+        BadInput: several ranks or parts are asked for.
     """
     if command not in _ALONE:
+        if resources.parts > 1:
+            raise BadInput(f"--parts divides a preparation or a prediction, and {command} is neither")
         return resources
     if resources.most_nodes > 1 or (resources.tasks_per_node or 1) > 1:
         raise BadInput(
             f"{command} is one process, which uses all cores of its node: give --nodes 1 and no"
-            " --tasks_per_node, or run its parts as a job array"
+            " --tasks_per_node, or divide it with --parts"
         )
     return dataclasses.replace(resources, tasks_per_node=1)
 
 
-def freeze(job: JobDirectory, command: str, arguments: Sequence[str], setting: Setting) -> JobSpec:
+def parts_of(job: JobDirectory, setting: Setting) -> list[JobDirectory]:
+    """The directory of a job; where it is an array, the same one as each of its tasks sees it."""
+    count = setting.resources.parts
+    return [JobDirectory(job.path, task) for task in range(count)] if count > 1 else [job]
+
+
+def freeze(job: JobDirectory, command: str, arguments: Sequence[str], setting: Setting) -> None:
     """Write down what a job runs, and copy the code that runs it.
 
     Args:
@@ -210,6 +224,7 @@ def freeze(job: JobDirectory, command: str, arguments: Sequence[str], setting: S
         BadInput: an argument or a file is wrong, or a job of the directory is in the queue.
         StorageError, NotWritable: the disk refused.
     """
+    parts = parts_of(job, setting)
     refuse_if_queued(job)
     run_dir, frozen = "", (command, *arguments)
     if command == "train":
@@ -217,9 +232,12 @@ def freeze(job: JobDirectory, command: str, arguments: Sequence[str], setting: S
         run_dir = str(folder)
     job.make()
     freeze_code(job, again=True)
-    spec = specify(job, setting, command=frozen, run_dir=run_dir, cwd=str(Path.cwd()))
-    job.write_spec(spec)
-    return spec
+    for part in parts:
+        share = ("--part", f"{part.task}/{len(parts)}") if part.task is not None else ()
+        spec = specify(part, setting, command=(*frozen, *share), run_dir=run_dir, cwd=str(Path.cwd()))
+        part.write_spec(spec)
+    for file in {job.spec_file, *job.path.glob("job-*.json")} - {part.spec_file for part in parts}:
+        file.unlink(missing_ok=True)  # of an earlier submission with another number of parts
 
 
 def specify(
@@ -237,6 +255,16 @@ def specify(
         signal_seconds=resources.signal_seconds,
         resources=setting.noted(),
     )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for its owner alone; one that is there already stays as open as it is.
+
+    Raises:
+        StorageError, NotWritable: the disk refused.
+    """
+    if not path.is_dir():
+        make_private(path)
 
 
 def queued(job: JobDirectory) -> list[slurm.QueuedJob]:
@@ -278,8 +306,10 @@ def script(folder: Path, code: Path, name: str, setting: Setting, *, array: str 
         code: that the job runs.
         name: of the job, where the resources give none.
         setting: how it is submitted.
-        array: of the job array, as sbatch takes it; empty for a job by itself.
+        array: of the job array, as sbatch takes it; empty for a job by itself, or its parts.
     """
+    parts = setting.resources.parts
+    array = array or array_of(parts, parts)
     executor = _executor(folder, code, name, setting, array=array)
     return str(executor._make_submission_file_text(executor._submitit_command_str, "")) + "\n"
 
@@ -361,7 +391,7 @@ def _setup(code: Path, lines: Sequence[str]) -> list[str]:
 
 
 def submit(job: JobDirectory, setting: Setting, *, name: str, by: str) -> str:
-    """Submit a frozen job.
+    """Submit a frozen job, or all parts of one as a job array.
 
     Args:
         job: its directory, with its specification.
@@ -370,12 +400,16 @@ def submit(job: JobDirectory, setting: Setting, *, name: str, by: str) -> str:
         by: `launch` or `resume`, for the directory's list.
 
     Returns:
-        Slurm's id.
+        Slurm's id; an array's stands for all its tasks.
 
     Raises:
         SlurmError: sbatch refused.
         StorageError, NotWritable: the disk refused.
     """
+    parts = parts_of(job, setting)
+    if len(parts) > 1:
+        numbers = submit_array(job.path, parts, setting, name=name, parallel=len(parts))
+        return numbers[0].partition("_")[0]
     executor = _executor(job.path, job.code, name, setting)
     with _submitting(job.path):
         number = str(executor.submit(Attempts(str(job.path), job.task)).job_id)

@@ -25,13 +25,23 @@ from rich.text import Text
 
 from agrivision.console import say
 from agrivision.errors import BadInput, ExitCode
-from agrivision.storage import make_private, write_atomically
+from agrivision.storage import write_atomically
 from launch.find import Found
 from launch.freeze import freeze_code, freeze_train
 from launch.jobdir import JobDirectory
 from launch.resources import build, check_text, describe, find_site, take_apart
 from launch.status import Report, number, report
-from launch.submit import Setting, check_path, locate, refuse_if_queued, script, specify, submit_array
+from launch.submit import (
+    Setting,
+    check_path,
+    check_ranks,
+    locate,
+    make_folder,
+    refuse_if_queued,
+    script,
+    specify,
+    submit_array,
+)
 
 _USAGE = """\
 usage: python -m launch sweep --out DIR --config FILE --section.key V1,V2 … [RESOURCES]
@@ -83,7 +93,8 @@ def main(argv: list[str]) -> ExitCode:
     if not keys:
         raise BadInput("nothing is swept: give a key several values, such as --optimizer.lr 1e-3,3e-3")
     site = find_site(words.site)
-    setting = Setting.of(build(*site.layers("train", os.environ), words.resources), site)
+    resources = build(*site.layers("train", os.environ), words.resources)
+    setting = Setting.of(check_ranks("train", resources), site)
     parallel = _parallel(own.get("array_parallelism"), len(elements))
     calls = [_arguments(out, element, fixed) for element in elements]
     for call in calls:
@@ -210,7 +221,7 @@ def _submit(out: Path, calls: Sequence[Sequence[str]], setting: Setting, paralle
     folder = JobDirectory.of_run(out)
     check_path(folder.path)
     refuse_if_queued(folder)
-    make_private(out)
+    make_folder(out)
     folder.make()
     freeze_code(folder, again=True)
     jobs = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import stat
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,45 @@ def test_resume_of_several(
     assert (out / "launch" / "code" / "launch").is_dir()
 
 
+@pytest.fixture
+def by_sbatch(run_dir: Path) -> Path:
+    """The same, as if it were by a plain sbatch, which leaves no note of its resources."""
+    job = JobDirectory.of_run(run_dir)
+    job.write_spec(dataclasses.replace(job.spec(), resources={}))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--nodes", "2"], ["--gpus_per_node", "2"], ["--nodes", "2", "--gpus_per_task", "1"]]
+)
+def test_what_sbatch_submitted_does_not_go_on_with_fewer_ranks(
+    more: list[str], by_sbatch: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    JobDirectory.of_run(by_sbatch).began(
+        Attempt(number=1, job="1", nodes=("n1", "n2"), tasks=8, began=1.0)
+    )
+    before = slurm.calls("sbatch")
+    for words in (more, [*more, "--dry_run"]):
+        assert main(["resume", str(by_sbatch), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "by sbatch (it had 8 ranks on 2 nodes): say --nodes, and --gpus_per_node or" in line
+    assert slurm.calls("sbatch") == before
+
+
+@pytest.mark.parametrize("profile", [False, True])
+def test_what_sbatch_submitted_goes_on_with_resources(
+    profile: bool, by_sbatch: Path, tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    site = tmp_path / "own.yaml"
+    site.write_text("train: {nodes: 2, gpus_per_node: 4}\n" if profile else "gpus_per_node: 4\n")
+    more = [] if profile else ["--nodes", "2"]
+    assert main(["resume", str(by_sbatch), "--site", str(site), *more]) == 0
+    found = options(slurm)
+    assert (found["nodes"], found["gpus-per-node"], found["ntasks-per-node"]) == ("2", "4", "4")
+    assert main(["resume", str(by_sbatch)]) == 0  # they are noted now
+    assert options(slurm) == found
+
+
 def test_cancel_ends_what_is_alive(
     run_dir: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +168,7 @@ def test_each_stage_waits_for_the_one_it_needs(
     assert [job.jobs() for job in jobs] == [["1"], ["2"], ["3"], ["4"]]
     assert [job.spec().dependents for job in jobs] == [("2",), ("3", "4"), (), ()]
     assert [job.spec().resources["time"] for job in jobs] == ["20", "50", "50", "50"]
-    assert [job.spec().resources.get("nodes") for job in jobs] == [None, "2", None, None]
+    assert [job.spec().resources["nodes"] for job in jobs] == ["1", "2", "1", "1"]
     assert jobs[0].spec().command[-2:] == ("--workers", "2")
     assert f"path: {out / 'dataset'}" in jobs[1].config.read_text()
     assert jobs[3].spec().command[1:] == (
@@ -141,6 +182,35 @@ def test_each_stage_waits_for_the_one_it_needs(
     slurm.hold(queued("2", "PENDING"))
     assert main(pipeline) == 2
     assert "job 2" in capsys.readouterr().err
+
+
+def test_a_stage_as_an_array(pipeline: list[str], tmp_path: Path, slurm: FakeSlurm) -> None:
+    assert main([*pipeline, "--prepare.parts", "3", "--predict.parts", "2"]) == 0
+    out = tmp_path / "pipe"
+    dataset, maps = JobDirectory.beside(out / "dataset"), JobDirectory.beside(out / "maps")
+    assert dataset.jobs() == ["1_0", "1_1", "1_2"] and maps.jobs() == ["4_0", "4_1"]
+    waits = "#SBATCH --dependency=afterok:1\n"
+    assert waits in (out / "run" / "launch" / "submitit" / "2_submission.sh").read_text()
+    for task in range(2):
+        JobDirectory(maps.path, task).began(
+            Attempt(number=1, job=f"4_{task}", nodes=(), tasks=1, began=1.0, decision="done")
+        )
+    assert main([*pipeline, "--predict.parts", "2"]) == 0
+    assert len(dataset.jobs()) == 4 and len(maps.jobs()) == 2
+
+
+def test_only_folders_that_it_makes_are_private(
+    pipeline: list[str], config: Path, tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    sweep = ["sweep", "--config", str(config), "--seed", "1,2", "--out"]
+    for out, mode in ((shared, 0o755), (tmp_path / "new", 0o700)):
+        assert main([*sweep, str(out)]) == 0
+        assert main([*pipeline, "--out", str(out)]) == 0
+        assert stat.S_IMODE(out.stat().st_mode) == mode
+        for made in ("launch", "000-seed=1", "000-seed=1/launch", "run", "dataset.launch"):
+            assert stat.S_IMODE((out / made).stat().st_mode) == 0o700
 
 
 def test_what_is_there_is_left_out(

@@ -76,6 +76,17 @@ def test_where_logs_are(job: JobDirectory, tmp_path: Path) -> None:
     assert log_file(element) == tmp_path / "sweep" / "launch" / "slurm-9_0.out"
 
 
+@pytest.mark.parametrize("follow", [[], ["-f"]])
+def test_of_what_was_not_submitted_there_is_none(
+    follow: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = JobDirectory.beside(tmp_path / "maps")
+    job.make()
+    job.write_spec(JobSpec(command=("predict",), python=("python",)))
+    assert main(["logs", str(tmp_path / "maps"), *follow]) == 2
+    assert "was not submitted" in capsys.readouterr().err
+
+
 class World:
     """What happens while somebody follows a log: one event at each sleep."""
 

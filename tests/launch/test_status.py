@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from launch.__main__ import main
 from launch.find import find, find_one
 from launch.freeze import freeze_train
 from launch.jobdir import Attempt, JobDirectory, JobSpec
-from launch.poll import SECONDS, poll
+from launch.poll import SECONDS, Answer, poll
 from launch.slurm import QueuedJob, SlurmError
-from launch.status import Row, explain, report, state_of, total_steps, why
+from launch.status import Row, explain, known_of, report, state_of, total_steps, why
 from tests.launch.conftest import FakeSlurm, queued
 
 ATTEMPT = Attempt(number=1, job="7", nodes=("n1",), tasks=2, began=1.0)
@@ -57,11 +58,16 @@ def write(
         (ended("requeued"), None, "lost"),
         (None, queued("7", "CANCELLED"), "cancelled"),
         (None, None, "ended"),
+        (ATTEMPT, queued("7", "COMPLETED"), "done"),
         (ended("successor 7", job="6"), None, "ended"),
     ],
 )
 def test_states(last: Attempt | None, now: QueuedJob | None, state: str) -> None:
     assert state_of("7", last, now) == state
+
+
+def test_what_slurm_was_never_given() -> None:
+    assert state_of("", None, None) == "not submitted"
 
 
 def test_why_a_job_waits_or_ended() -> None:
@@ -92,46 +98,70 @@ def test_reasons_in_words(word: str, meaning: str) -> None:
 
 
 class Controller:
-    """Counts how often it is asked, and what for."""
+    """Counts how often it is asked; at first it answers."""
 
     def __init__(self) -> None:
-        self.asked: list[list[str]] = []
+        self.asked = 0
         self.now = 1000.0
+        self.answers = True
 
-    def ask(self, jobs: list[str]) -> dict[str, QueuedJob]:
-        self.asked.append(jobs)
-        return {job: queued(job) for job in jobs if job != "9"}
+    def ask(self) -> dict[str, QueuedJob]:
+        self.asked += 1
+        if not self.answers:
+            raise SlurmError("squeue did not answer")
+        return {"3": queued("3")}
 
-    def poll(self, *jobs: str) -> tuple[set[str], float | None]:
-        answer = poll(jobs, ask=self.ask, clock=lambda: self.now)
-        return set(answer.jobs), answer.age
+    def poll(self, submitted: float = 0.0) -> Answer:
+        return poll(submitted, ask=self.ask, clock=lambda: self.now)
 
 
 def test_slurm_is_asked_once_for_all_and_not_again_for_half_a_minute(home: Path) -> None:
     slurm = Controller()
-    assert slurm.poll("3", "4_1", "4_2", "9") == ({"3", "4"}, 0.0)
-    slurm.now += 29
-    assert slurm.poll("3", "9") == ({"3", "4"}, 29.0)
-    assert slurm.asked == [["3", "4", "9"]]
-    slurm.now += 2
-    assert slurm.poll("3") == ({"3", "4"}, 0.0)  # the others may be asked about on another screen
-    assert slurm.asked[1:] == [["3", "4", "9"]]
-    slurm.poll("5")  # a job that the last answer does not cover
-    assert slurm.asked[2:] == [["3", "4", "5", "9"]]
-    slurm.now += 1000
-    slurm.poll("5")
-    assert slurm.asked[3:] == [["5"]]
+    assert slurm.poll() == Answer({"3": queued("3")}, 0.0)
     (file,) = (home / ".cache" / "agrivision").iterdir()
+    written = file.stat().st_ino
+    slurm.now += 29
+    assert slurm.poll() == Answer({"3": queued("3")}, 29.0)
+    assert (slurm.asked, file.stat().st_ino) == (1, written)  # nor is anything written again
+    slurm.now += 1
+    assert slurm.poll().age == 0.0
+    assert slurm.asked == 2
     assert file.parent.stat().st_mode & 0o077 == 0
-    file.write_text('{"asked": 3}')
-    assert slurm.poll("5") == ({"5"}, 0.0)
+    file.write_text('{"time": 1030}')
+    assert slurm.poll().age == 0.0
+
+
+def test_silence_is_remembered_as_long() -> None:
+    slurm = Controller()
+    slurm.answers = False
+    silent = Answer({}, None, "squeue did not answer")
+    for _ in range(20):
+        assert slurm.poll() == silent
+        slurm.now += 0.5
+    assert slurm.asked == 1
+    slurm.now += 20
+    slurm.answers = True
+    assert slurm.poll() == Answer({"3": queued("3")}, 0.0)
+
+
+def test_a_job_that_was_submitted_after_the_answer_is_asked_about_once() -> None:
+    slurm = Controller()
+    slurm.poll()
+    slurm.now += 5
+    submitted = slurm.now - 1
+    assert slurm.poll(submitted).age == 0.0
+    slurm.now += 5
+    assert slurm.poll(submitted).age == 5.0
+    assert slurm.poll(slurm.now + 1).age == 5.0  # by a clock that is ahead of this one
+    assert slurm.asked == 2
 
 
 def test_a_clock_that_went_back_is_no_young_answer() -> None:
     slurm = Controller()
-    slurm.poll("3")
+    slurm.poll()
     slurm.now -= 3600
-    assert slurm.poll("3") == ({"3"}, 0.0)
+    assert slurm.poll().age == 0.0
+    assert slurm.asked == 2
 
 
 def test_two_screens_ask_once(
@@ -143,7 +173,7 @@ def test_two_screens_ask_once(
     for _ in range(3):
         assert main(["status", str(tmp_path)]) == 0
     (question,) = slurm.calls("squeue")
-    assert "--jobs=97,98,99" in question
+    assert f"--user={os.getuid()}" in question and "--jobs" not in question
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}/a: running, job 97, left 1:00:00"
     assert lines[1].startswith(f"{tmp_path}/b: pending (Priority: others are before it), job 98")
@@ -210,6 +240,9 @@ def test_no_question_about_what_is_done(run_dir: Path, slurm: FakeSlurm) -> None
     JobDirectory.of_run(run_dir).began(ended("done", code=0))
     assert report(find([run_dir])).rows[0].state == "done"
     assert slurm.calls("squeue") == []
+    JobDirectory.of_run(run_dir).submitted("8", by="launch")
+    slurm.hold(queued("8", "PENDING"))
+    assert report(find([run_dir])).rows[0].state == "pending"  # what is done is that of before
 
 
 def test_an_array_that_shares_a_directory(tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -220,6 +253,44 @@ def test_an_array_that_shares_a_directory(tmp_path: Path, slurm: FakeSlurm) -> N
     slurm.hold(queued("7_3"))
     (row,) = report(find([tmp_path])).rows
     assert (row.job, row.state, row.attempts) == ("7", "done 3, running 1", 4)
+
+
+def test_one_that_was_not_submitted_does_not_hide_the_others(
+    tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(JobDirectory.beside(tmp_path / "a"))
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/a: not submitted\n"
+    assert slurm.calls("squeue") == []
+    write(JobDirectory.beside(tmp_path / "b")).submitted("7", by="launch")
+    slurm.hold(queued("7"))
+    assert main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        f"{tmp_path}/a: not submitted",
+        f"{tmp_path}/b: running, job 7, left 1:00:00",
+    ]
+
+
+def test_the_successor_of_an_array_s_task(tmp_path: Path, slurm: FakeSlurm) -> None:
+    for task in range(2):
+        job = write(JobDirectory.beside(tmp_path / "set", task), command=("prepare",))
+        job.submitted(f"7_{task}", by="launch")
+        job.began(ended("done" if task else "successor 8", job=f"7_{task}"))
+    job.submitted("8", "successor", after="7_0")
+    slurm.hold(queued("8", "PENDING", "Dependency"))
+    (row,) = report(find([tmp_path])).rows
+    assert (row.state, row.attempts) == ("done 1, pending 1", 2)
+
+
+def test_an_array_that_was_cancelled_before_it_began(tmp_path: Path, slurm: FakeSlurm) -> None:
+    """To Slurm it is one job then, without tasks; one task's record stands for that task alone."""
+    for task in range(2):
+        write(JobDirectory.beside(tmp_path / "set", task)).submitted(f"7_{task}", by="launch")
+    slurm.hold(queued("7", "CANCELLED"))
+    assert report(find([tmp_path])).rows[0].state == "cancelled"
+    own = queued("7_1", "CANCELLED")
+    assert [known_of(job, {"7": own, "7_1": own}) for job in ("7_0", "7_1")] == [None, own]
 
 
 def test_total_steps_are_those_of_the_loader(run_dir: Path, config: Path) -> None:
@@ -250,11 +321,3 @@ def test_folders_of_runs(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no run and no job"):
         find([tmp_path / "empty"])
-
-
-def test_slurm_s_silence_is_told(tmp_path: Path) -> None:
-    def ask(jobs: list[str]) -> dict[str, QueuedJob]:
-        raise SlurmError("squeue did not answer")
-
-    answer = poll(["3"], ask=ask)
-    assert (answer.jobs, answer.age, answer.problem) == ({}, None, "squeue did not answer")

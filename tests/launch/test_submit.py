@@ -235,6 +235,92 @@ def test_what_is_frozen(
     assert "#SBATCH --dependency=afterok:9" in slurm.script.replace("'", "")
 
 
+@pytest.fixture
+def preparation(fields: Path, tmp_path: Path) -> list[str]:
+    return ["prepare", str(fields), str(tmp_path / "set"), "--workers", "1"]
+
+
+def test_parts_are_one_array(
+    preparation: list[str],
+    tmp_path: Path,
+    slurm: FakeSlurm,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*preparation, "--parts", "3", "--dry_run"]) == 0
+    shown = capfd.readouterr().out
+    assert not (tmp_path / "set.launch").exists()
+    assert main([*preparation, "--parts", "3", "--qos", "low"]) == 0
+    assert capfd.readouterr().out == f"job 1, in {tmp_path}/set.launch\n"
+    assert "#SBATCH --array=0-2%3\n" in slurm.script
+    assert slurm.script.replace("#SBATCH --qos=low\n", "").rstrip() == shown.rstrip()
+    job = JobDirectory.beside(tmp_path / "set")
+    for task in range(3):
+        spec = JobDirectory(job.path, task).spec()
+        assert spec.command == (*preparation, "--part", f"{task}/3")
+        with (job.submitit / f"1_{task}_submitted.pkl").open("rb") as file:
+            assert pickle.load(file).function == Attempts(str(job.path), task)
+    slurm.hold(queued("1_0", "COMPLETED"), queued("1_1"), queued("1_2", "PENDING", "Priority"))
+    assert main(["status", str(tmp_path / "set")]) == 0
+    out = capfd.readouterr().out
+    assert "completed" not in out and "done 1, pending 1, running 1" in out and "job 1," in out
+    assert main([*preparation, "--parts", "3"]) == 2
+    assert "job 1_1" in capfd.readouterr().err
+    for task in range(2):
+        (job.path / f"slurm-1_{task}.out").write_text(f"log of {task}\n")
+    assert main(["logs", str(tmp_path / "set")]) == 0
+    assert capfd.readouterr().out == (
+        "==> task 0 <==\nlog of 0\n==> task 1 <==\nlog of 1\n==> task 2 <==\n"
+    )
+    assert main(["logs", str(tmp_path / "set"), "--task", "1"]) == 0
+    assert capfd.readouterr().out == "log of 1\n"
+    for words, wanted in ((["-f"], "3 tasks: say which with --task"), (["--task", "3"], "no task 3")):
+        assert main(["logs", str(tmp_path / "set"), *words]) == 2
+        assert wanted in capfd.readouterr().err
+    assert main(["resume", str(tmp_path / "set")]) == 2
+    assert "job 1_1 is RUNNING" in capfd.readouterr().err
+    assert main(["cancel", str(tmp_path / "set")]) == 0
+    assert slurm.calls("scancel") == ["1_1 1_2"]
+    slurm.hold()
+    capfd.readouterr()
+    assert main(["resume", str(tmp_path / "set")]) == 2
+    assert "submit it as before" in capfd.readouterr().err
+
+
+def test_another_number_of_parts_takes_the_place_of_the_first(
+    preparation: list[str], tmp_path: Path, slurm: FakeSlurm
+) -> None:
+    folder = tmp_path / "set.launch"
+    for parts, files in ((3, {"job-0", "job-1", "job-2"}), (1, {"job"}), (2, {"job-0", "job-1"})):
+        assert main([*preparation, "--parts", str(parts)]) == 0
+        assert {file.stem for file in folder.glob("job*.json")} == files
+    assert JobDirectory(folder).jobs() == ["1_0", "1_1", "1_2", "2", "3_0", "3_1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["prepare", "--parts", "2", "--part", "0/2"], "give only one of the two"),
+        (["prepare", "--parts", "0"], "at least 1"),
+        (["train", "--parts", "2"], "train is neither"),
+        (["sweep", "--parts", "2", "--out", "s", "--seed", "1,2"], "train is neither"),
+        (["resume", "--parts", "2", "set"], "does not divide anew"),
+    ],
+)
+def test_parts_that_are_refused(
+    words: list[str],
+    wanted: str,
+    preparation: list[str],
+    config: Path,
+    slurm: FakeSlurm,
+    complaint: Complaint,
+) -> None:
+    command, *more = words
+    before = {"prepare": preparation[1:], "resume": []}.get(command, ["--config", str(config)])
+    assert main([command, *before, *more]) == 2
+    assert wanted in complaint()
+    assert slurm.calls("sbatch") == []
+
+
 def test_a_directory_has_one_job_in_the_queue(
     config: Path, tmp_path: Path, slurm: FakeSlurm, complaint: Complaint
 ) -> None:

@@ -69,7 +69,7 @@ def test_all_combinations_as_one_array(words: list[str], tmp_path: Path, slurm: 
     for place, path in enumerate(elements(tmp_path)):
         job = JobDirectory.of_run(path)
         assert job.jobs() == [f"1_{place}"]
-        assert job.spec().run_dir == str(path) and job.spec().resources == {"qos": "low"}
+        assert job.spec().run_dir == str(path) and job.spec().resources == {"nodes": "1", "qos": "low"}
         assert (job.code / "launch" / "batch.py").is_file()
         assert (tmp_path / "sweep" / "launch" / "submitit" / f"1_{place}_submitted.pkl").is_file()
         config = read_config(job.config)

@@ -16,11 +16,12 @@ from tests import ranks
 from tests.slurm import jobs
 from tests.training.runs import arguments, assert_same
 
-SCRIPTS = Path(__file__).parents[2] / "slurm"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "slurm"
 HOOKS = Path(__file__).with_name("hooks.py")
 # Many cheap steps: six an epoch, each some milliseconds.
 CHEAP = {
-    "training__epochs": 8,
+    "training__epochs": 10,
     "training__checkpoint_every_steps": 5,
     "training__checkpoint_every_epochs": 0,
     "training__evaluate_every_epochs": 0,

@@ -200,6 +200,50 @@ def test_a_pipeline_from_fields_to_maps(
     assert list((out / "maps").rglob("*.png"))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder but hidden ones, by their relative path."""
+    names = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(name): path.read_bytes()
+        for name, path in names.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def test_a_preparation_in_parts(
+    cluster: Cluster,
+    here: Path,
+    fields: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The bytes are those of one process, which made `dataset`."""
+    out = tmp_path / "the set"
+    options = ["--workers", "1", "--shard_tiles", "7"]
+    launch("prepare", str(fields), str(out), *options, "--parts", "3")
+    numbers = JobDirectory.beside(out).jobs()
+    (array,) = {number.partition("_")[0] for number in numbers}
+    assert numbers == [f"{array}_{task}" for task in range(3)]
+    (row,) = rows(out, capsys)
+    assert row["job"] == array and row["state"] != "ended"  # Slurm knows each of them by this id
+    for number in numbers:
+        assert wait_for_end(cluster, number, SECONDS)["JobState"] == "COMPLETED"
+    assert contents(out) == contents(dataset)
+    (row,) = rows(out, capsys)
+    assert (row["state"], row["attempts"]) == ("done", 3)
+    capsys.readouterr()
+    launch("logs", str(out), "--task", "1")
+    printed = capsys.readouterr().out
+    assert "launch: attempt 1 on" in printed and printed.count("--part 1/3") == 1
+    held = cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
+    wait = ["--dependency", f"afterok:{held}"]
+    launch("prepare", str(fields), str(out), *options, "--parts", "3", *wait)
+    assert rows(out, capsys)[0]["state"] == "pending"
+    launch("cancel", str(out))
+    assert rows(out, capsys)[0]["state"] == "cancelled"
+
+
 def test_slurm_s_refusal_is_one_line(
     cluster: Cluster, here: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
