@@ -36,8 +36,9 @@ from launch.place import Place
 from launch.turn import earlier_jobs
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_ASK_AGAIN_SECONDS = 5.0
-_ASKS = 6  # a controller that restarts is back within half a minute
+_ASK_AGAIN_SECONDS = 15.0
+_ASKS = 60  # a controller that fails over, or is restarted, is back within minutes
+_TRIES = 6
 _STEP_WAIT = 60  # a rank that ended early leaves the others this many seconds
 _DISABLED = "disabled"  # what scontrol says where a job may not be requeued
 _STOPPED = Result(code=ExitCode.STOPPED, line="")
@@ -230,22 +231,19 @@ class _Batch:
 
     def _ask(self) -> slurm.QueuedJob | None:
         """What Slurm says of this job; None where it does not say."""
-        for ask in range(_ASKS):
-            if ask:
-                time.sleep(_ASK_AGAIN_SECONDS)
+        for _ in range(_ASKS):
             try:
-                found = slurm.queue([self._place.raw_job])
+                return slurm.queue([self._place.raw_job]).get(self._place.raw_job)
             except slurm.SlurmError as error:
                 _say(f"cannot ask for the job's state: {error}")
-                continue
-            return found.get(self._place.raw_job)
+            time.sleep(_ASK_AGAIN_SECONDS)
         return None
 
     def _again(self, attempt: Attempt) -> int:
         _say(f"ended with {attempt.code} ({attempt.reason}): back into the queue")
         # Noted before: the requeue ends this process.
         self._note(dataclasses.replace(attempt, decision="requeued"))
-        for _ in range(_ASKS):
+        for _ in range(_TRIES):
             try:
                 slurm.requeue(self._place.job)
             except slurm.SlurmError as error:

@@ -13,6 +13,7 @@ from launch.slurm import QueuedJob
 
 _LIMIT_DRIFT = 60  # Slurm's signal comes up to half a minute early, and the ranks take time to save
 _SHOWN = 8
+_LOST_FACTOR = 2  # a lost node is seldom the run's fault, several in a row may be
 _LOSS = "lost the other ranks"  # how agrivision.errors.PeerLost begins
 
 
@@ -115,23 +116,37 @@ def out_of_patience(attempts: Sequence[Attempt], spec: JobSpec) -> str:
     """
     if attempts and attempts[-1].number >= spec.max_attempts:
         return f"{attempts[-1].number} attempts are enough (max_attempts)"
-    stalled = 0
+    stalled = lost = 0
+    later: int | None = None  # where the attempt after began: what one that was lost had reached
     for attempt in reversed(attempts):
-        if attempt.ended is None or attempt.preempted:
-            continue  # neither says anything about the run itself
-        if progressed(attempt):
+        if progressed(attempt, spec, later):
             break
-        stalled += 1
+        if attempt.ended is None:
+            lost += 1
+        elif not attempt.preempted:  # that says nothing about the run itself
+            stalled += 1
+        later = attempt.from_step
     if stalled >= spec.max_stalled:
         return f"{stalled} attempts in a row got no further"
+    if lost >= _LOST_FACTOR * spec.max_stalled:
+        return (
+            f"{lost} attempts in a row were lost without getting further: does the run take nodes down?"
+        )
     return ""
 
 
-def progressed(attempt: Attempt) -> bool:
-    """Whether an attempt got further; for commands without steps, whether it could finish in order."""
-    if attempt.to_step is None and attempt.from_step is None:
-        return attempt.code == ExitCode.STOPPED
-    return (attempt.to_step or 0) > (attempt.from_step or 0)
+def progressed(attempt: Attempt, spec: JobSpec, later: int | None = None) -> bool:
+    """Whether an attempt got further.
+
+    Args:
+        attempt: ended, or lost with its node.
+        spec: what it ran. Without steps it could finish in order, where what it did is kept.
+        later: step that the attempt after it began at.
+    """
+    if attempt.from_step is None:
+        return attempt.code == ExitCode.STOPPED and spec.command[0] != "evaluate"
+    reached = attempt.to_step if attempt.ended is not None else later
+    return (reached or 0) > attempt.from_step
 
 
 def why_stopped(now: QueuedJob | None, signal_seconds: int) -> str:

@@ -34,7 +34,8 @@ def frozen(words: Sequence[str], environment: Mapping[str, str]) -> tuple[str, s
     folder, task = job_folder(command, arguments), environment.get("SLURM_ARRAY_TASK_ID", "")
     array = environment.get("SLURM_ARRAY_JOB_ID", "")
     job = f"{array}_{task}" if task else environment.get("SLURM_JOB_ID", "")
-    if not folder or job not in _jobs(f"{folder}/submissions.jsonl"):
+    requeued = environment.get("SLURM_RESTART_COUNT", "0") != "0"
+    if not requeued or not folder or job not in _jobs(f"{folder}/submissions.jsonl"):
         return "", ""
     spec = f"{folder}/job-{task}.json" if task else f"{folder}/job.json"
     whole = os.path.isfile(spec) and os.path.isdir(f"{folder}/code")  # noqa: PTH112, PTH113

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,9 @@ import yaml
 
 import agrivision
 from agrivision.errors import BadInput
-from agrivision.locks import FileLock
+from agrivision.locks import FileLock, Patience
 from agrivision.options import parse_train
+from agrivision.part import never
 from agrivision.storage import remove_tree, storage_error, sync_folder, sync_tree, write_atomically
 from launch.entry import job_folder, value_of
 from launch.jobdir import JobDirectory, JobSpec
@@ -37,7 +37,6 @@ _MISSING = {
     "evaluate": "evaluate needs --checkpoint: a run directory or a checkpoint",
     "predict": "predict needs --out: the folder for the maps",
 }
-_POLL_SECONDS = 0.1
 
 
 def freeze_submission(
@@ -80,7 +79,9 @@ def freeze_submission(
 
 
 def _frozen(job: JobDirectory, place: Place) -> bool:
-    return place.job in job.jobs() and job.spec_file.is_file() and job.code.is_dir()
+    # A cluster that is set up anew counts its jobs from 1 again: a known number alone says nothing.
+    known = place.restart > 0 and place.job in job.jobs()
+    return known and job.spec_file.is_file() and job.code.is_dir()
 
 
 def _frozen_by_array(job: JobDirectory, place: Place) -> bool:
@@ -92,9 +93,10 @@ def _frozen_by_array(job: JobDirectory, place: Place) -> bool:
 @contextmanager
 def _alone(job: JobDirectory) -> Iterator[None]:
     """The tasks of an array start at the same time, and share the directory."""
+    patience = Patience(f"another task of the array makes {job.path}", never)
     with FileLock(job.path / ".lock") as lock:
         while not lock.take(alone=True):
-            time.sleep(_POLL_SECONDS)
+            patience.wait()
         yield
 
 

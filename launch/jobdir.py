@@ -5,7 +5,8 @@
     JOB_DIR/code/               the code that runs it
     JOB_DIR/config.yaml         of a training run: the complete configuration
     JOB_DIR/submissions.jsonl   one row for each job that Slurm was given
-    JOB_DIR/attempts.jsonl      one row for each beginning and each end of an attempt
+    JOB_DIR/attempts.jsonl      one row for each beginning and each end of an attempt (an array's tasks
+                                have attempts-0.jsonl, …: over NFS two nodes must not append to one)
     JOB_DIR/endings/N/          how each rank of the present attempt N ended, in its own words
     JOB_DIR/slurm-JOB.out       what the job printed
 
@@ -44,7 +45,6 @@ class JobSpec:
         cwd: folder that relative paths in `command` start from.
         max_attempts: no more attempts than this altogether.
         max_stalled: nor more than this in a row that got no further.
-        elastic: go on with the nodes that are left when others fail.
         signal_seconds: how long before the time limit the job asked to be warned; 0: not known.
         dependents: jobs that wait for this one, to be told when a successor takes its place.
         resources: what the job was submitted with, for `resume`; empty for a plain `sbatch`.
@@ -57,7 +57,6 @@ class JobSpec:
     cwd: str = ""
     max_attempts: int = 100
     max_stalled: int = 3
-    elastic: bool = False
     signal_seconds: int = 0
     dependents: tuple[str, ...] = ()
     resources: dict[str, Any] = field(default_factory=dict)
@@ -166,6 +165,10 @@ class JobDirectory:
         return self.path / ("job.json" if self.task is None else f"job-{self.task}.json")
 
     @property
+    def _attempts_file(self) -> str:
+        return "attempts.jsonl" if self.task is None else f"attempts-{self.task}.jsonl"
+
+    @property
     def code(self) -> Path:
         """The code that the attempts run."""
         return self.path / "code"
@@ -247,7 +250,7 @@ class JobDirectory:
         Raises:
             StorageError, NotWritable: the disk refused.
         """
-        self._append("attempts.jsonl", {"task": self.task, **dataclasses.asdict(attempt)})
+        self._append(self._attempts_file, dataclasses.asdict(attempt))
 
     def ended(self, attempt: Attempt) -> None:
         """Note how an attempt ended; it takes the place of the row that it began with.
@@ -261,17 +264,16 @@ class JobDirectory:
         """All attempts of this job or of this task of an array, oldest first."""
         found: dict[int, Attempt] = {}
         names = {field.name for field in dataclasses.fields(Attempt)}
-        for row in self._rows("attempts.jsonl"):
-            if row.get("task") == self.task:
-                try:
-                    attempt = Attempt(**{name: row[name] for name in row.keys() & names})
-                except TypeError:
-                    continue
-                found[attempt.number] = dataclasses.replace(attempt, nodes=tuple(attempt.nodes))
+        for row in self._rows(self._attempts_file):
+            try:
+                attempt = Attempt(**{name: row[name] for name in row.keys() & names})
+            except TypeError:
+                continue
+            found[attempt.number] = dataclasses.replace(attempt, nodes=tuple(attempt.nodes))
         return [found[number] for number in sorted(found)]
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        """One row in one write: several tasks of an array share the file."""
+        """One row in one write, so that a kill tears at most the last."""
         path = self.path / name
         try:
             with path.open("ab", buffering=0) as file:

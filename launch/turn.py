@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from agrivision.errors import BadInput
 from launch import slurm
+from launch.find import jobs_of
 from launch.jobdir import JobDirectory
 from launch.place import Place
 
@@ -51,9 +52,7 @@ def earlier_jobs(job: JobDirectory, place: Place, say: Callable[[str], None]) ->
 
 def _others(job: JobDirectory, place: Place) -> list[str]:
     """Jobs that do what this one does; the other tasks of an array do something else."""
-    own = (place.job, place.raw_job)
-    jobs = [name for name in dict.fromkeys(job.jobs()) if name not in own]
-    return [name for name in jobs if place.task is None or name.endswith(f"_{place.task}")]
+    return [name for name in dict.fromkeys(jobs_of(job)) if name not in (place.job, place.raw_job)]
 
 
 def _states(jobs: Sequence[str]) -> dict[str, str]:

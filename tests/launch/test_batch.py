@@ -454,9 +454,24 @@ def test_tasks_of_an_array_do_not_hinder_one_another(
     for name in ("20_0", "20_1", "21_1"):
         job.submitted(name, "sbatch")
         states[name] = ["RUNNING"]
-    assert turn.earlier_jobs(job, place_of("21_0", task=2), print) == []
+    third, second = (JobDirectory(job.path, task) for task in (2, 1))
+    assert turn.earlier_jobs(third, place_of("21_2", task=2), print) == []
     with pytest.raises(BadInput, match="job 20_1 runs"):
-        turn.earlier_jobs(job, place_of("21_1", task=1), print)
+        turn.earlier_jobs(second, place_of("21_1", task=1), print)
+
+
+def test_the_successor_of_a_task_has_its_turn_and_no_other(
+    tmp_path: Path, states: dict[str, list[str]]
+) -> None:
+    job = job_of(tmp_path)
+    for name in ("20_0", "20_1"):
+        job.submitted(name, "sbatch")
+    job.submitted("25", "successor", after="20_1")
+    states |= {"20_0": ["RUNNING"], "20_1": ["FAILED"], "25": ["RUNNING"]}
+    second = JobDirectory(job.path, 1)
+    assert turn.earlier_jobs(second, place_of("25"), print) == ["20_1"]
+    with pytest.raises(BadInput, match="job 25 runs"):
+        turn.earlier_jobs(second, place_of("30_1", task=1), print)
 
 
 def test_a_submission_is_frozen_once(
@@ -578,11 +593,14 @@ def test_where_a_job_is(words: list[str], folder: str) -> None:
 def test_only_a_frozen_job_goes_on_in_its_own_code(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     words = ["train", "--run_dir", str(tmp_path / "run")]
-    assert entry.frozen(words, {"SLURM_JOB_ID": "17"}) == ("", "")  # no code yet
+    own = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
+    assert entry.frozen(words, own) == ("", "")  # no code yet
     job.code.mkdir()
-    assert entry.frozen(words, {"SLURM_JOB_ID": "17"}) == (str(job.path), str(job.spec_file))
-    assert entry.frozen(words, {"SLURM_JOB_ID": "18"}) == ("", "")
-    assert entry.frozen([], {"SLURM_JOB_ID": "17"}) == ("", "")
+    assert entry.frozen(words, own) == (str(job.path), str(job.spec_file))
+    assert entry.frozen(words, own | {"SLURM_JOB_ID": "18"}) == ("", "")
+    assert entry.frozen([], own) == ("", "")
+    # A cluster that is set up anew counts from 1 again: that is another job's number.
+    assert entry.frozen(words, {"SLURM_JOB_ID": "17"}) == ("", "")
 
 
 def test_a_task_goes_on_in_its_own_code(tmp_path: Path) -> None:
@@ -593,6 +611,7 @@ def test_a_task_goes_on_in_its_own_code(tmp_path: Path) -> None:
     job.submitted("17_3", "sbatch")
     words = ["prepare", "x", str(tmp_path / "out")]
     own = {"SLURM_JOB_ID": "21", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    own["SLURM_RESTART_COUNT"] = "1"
     assert entry.frozen(words, own) == (str(job.path), str(job.spec_file))
     assert entry.frozen(words, own | {"SLURM_ARRAY_TASK_ID": "2"}) == ("", "")
 
