@@ -115,6 +115,7 @@ def attempt(number: int, begin: int | None, end: int | None, **changes: object) 
 STALLED = attempt(1, 5, 5)
 FURTHER = attempt(1, 5, 6)
 NO_STEPS = attempt(1, None, None)
+LOST = dataclasses.replace(STALLED, ended=None, to_step=None)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +132,21 @@ NO_STEPS = attempt(1, None, None)
         ([STALLED, dataclasses.replace(STALLED, ended=None), STALLED, STALLED], True),
         ([NO_STEPS] * 3, True),
         ([dataclasses.replace(NO_STEPS, code=85)] * 9, False),
+        ([LOST] * 5 + [STALLED], False),
+        ([LOST] * 6 + [STALLED], True),
+        ([LOST, LOST, LOST, dataclasses.replace(LOST, from_step=2), LOST, LOST, LOST, STALLED], False),
         ([dataclasses.replace(FURTHER, number=100)], True),
         ([dataclasses.replace(FURTHER, number=99)], False),
     ],
 )
 def test_patience(attempts: Sequence[Attempt], refused: bool) -> None:
     assert bool(out_of_patience(attempts, SPEC)) is refused
+
+
+def test_an_evaluation_that_is_stopped_has_kept_nothing() -> None:
+    stopped = [dataclasses.replace(NO_STEPS, code=85)] * 3
+    assert out_of_patience(stopped, dataclasses.replace(SPEC, command=("predict",))) == ""
+    assert out_of_patience(stopped, dataclasses.replace(SPEC, command=("evaluate",))) != ""
 
 
 @pytest.mark.parametrize(

@@ -293,9 +293,9 @@ def test_time_limit(
     hook(monkeypatch, slow=0.5)
     monkeypatch.setenv("AGRIVISION_SIGNAL_SECONDS", "10")
     options = ["--time=1", "--signal=USR1@10"]
-    run = train(cluster, dataset, tmp_path / "run", options, training__epochs=40)
+    run = train(cluster, dataset, tmp_path / "run", options, training__epochs=20)
     assert run.end(600) == "COMPLETED", run.log
-    run.assert_whole(references.get(training__epochs=40))
+    run.assert_whole(references.get(training__epochs=20))
     *stopped, last = run.attempts
     assert len(stopped) >= 2 and last.decision == "done"
     assert {(each.decision, each.reason) for each in stopped} == {("requeued", "time limit")}
