@@ -135,6 +135,11 @@ class Resources:
         return int(self.nodes.rpartition("-")[2])
 
     @property
+    def elastic(self) -> bool:
+        """Whether the job may start, and go on, with different numbers of nodes."""
+        return self.least_nodes < self.most_nodes
+
+    @property
     def ranks_per_node(self) -> int:
         """Tasks on each node: as told, else one for each GPU, else one."""
         if self.tasks_per_node is not None:

@@ -333,7 +333,7 @@ def _executor(
     executor.update_parameters(
         **_known(setting.resources),
         job_name=_escaped(setting.resources.job_name or _safe(name)),
-        setup=_setup(code, setting.setup),
+        setup=_setup(code, setting.setup) + _ranks(setting.resources),
         use_srun=False,
         stderr_to_stdout=True,
         wckey=None,  # submitit's default would be refused where such keys are checked
@@ -354,6 +354,10 @@ def _known(resources: Resources) -> dict[str, Any]:
     }
     for name in _SUBMITIT:
         given[name] = _escaped(getattr(resources, name))
+    if resources.elastic:
+        # Tasks would be counted once, for the nodes of the first start, and a requeued job would wait
+        # for as many again: the batch side is told instead, and Slurm only the CPUs that they need.
+        del given["ntasks_per_node"], given["cpus_per_task"]
     return given
 
 
@@ -367,6 +371,8 @@ def _further(resources: Resources) -> dict[str, Any]:
     }
     if resources.reservation is not None:
         given["reservation"] = _escaped(resources.reservation)
+    if resources.elastic:
+        given["mincpus"] = resources.ranks_per_node * (resources.cpus_per_task or 1)
     return given
 
 
@@ -388,6 +394,10 @@ def _setup(code: Path, lines: Sequence[str]) -> list[str]:
         "export PYTHONSAFEPATH=1  # else the folder that the job was submitted in comes first",
         "export SUBMITIT_PREEMPT_SIGNAL=USR1",
     ]
+
+
+def _ranks(resources: Resources) -> list[str]:
+    return [f"export AGRIVISION_RANKS_PER_NODE={resources.ranks_per_node}"] if resources.elastic else []
 
 
 def submit(job: JobDirectory, setting: Setting, *, name: str, by: str) -> str:

@@ -10,6 +10,7 @@ torch is, since a signal without a handler ends the process.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -32,6 +33,7 @@ class StopRequest:
 
     def listen(self) -> StopRequest:
         """Install the handlers; call it once, in the main thread, before torch is imported."""
+        self.reason = _early.reason
         for number in _SIGNALS:
             signal.signal(number, self._remember)
         # Slurm sends SIGCONT along with SIGTERM; its default does nothing to a running process.
@@ -42,3 +44,17 @@ class StopRequest:
         if number == signal.SIGINT:
             # A second Ctrl-C ends the process at once. Files appear by rename: none is left half.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_STOPPABLE = ("train", "prepare", "evaluate", "predict")
+_early = StopRequest()
+
+
+def hear_early(arguments: Sequence[str]) -> None:
+    """Remember signals for the StopRequest that the command will make, if it makes one.
+
+    Args:
+        arguments: that follow `agrivision`.
+    """
+    if arguments and arguments[0] in _STOPPABLE and not {"-h", "--help"} & set(arguments):
+        _early.listen()

@@ -28,7 +28,8 @@ def disturb(hooks: dict[str, float]) -> None:
         original: Callable[..., Any] = Trainer._accumulate
 
         def accumulate(trainer: Trainer, *arguments: Any) -> Any:
-            time.sleep(hooks.get("slow", 0))
+            requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+            time.sleep(hooks.get("slow", 0) + (0 if requeued else hooks.get("first", 0)))
             if trainer.progress.step == hooks.get("crash"):
                 raise RuntimeError("invented")
             if trainer.progress.step == hooks.get("leave") and trainer._ranks.world.rank == 1:

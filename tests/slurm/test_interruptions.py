@@ -25,7 +25,7 @@ SLOW = 0.2  # seconds a step: time to disturb it
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    hook(monkeypatch, slow=SLOW)
+    hook(monkeypatch, first=SLOW)
 
 
 @pytest.fixture(scope="session")
@@ -434,7 +434,10 @@ def test_two_jobs_on_one_run(
 
 
 @pytest.mark.faults
-def test_tensorboard_over_three_attempts(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+def test_tensorboard_over_three_attempts(
+    cluster: Cluster, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook(monkeypatch, slow=SLOW)
     run = train(cluster, dataset, tmp_path / "run")
     for step in (8, 30):
         run.reach(step)
