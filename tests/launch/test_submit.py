@@ -76,8 +76,8 @@ def test_dry_run_prints_and_changes_nothing(
         for option in (
             "gpus-per-node=a100:4",
             "job-name=run",
+            "mincpus=4",
             "nodes=2-4",
-            "ntasks-per-node=4",
             "open-mode=append",
             f"output={tmp_path}/run/launch/slurm-%j.out",
             "partition=gpu",
@@ -87,6 +87,30 @@ def test_dry_run_prints_and_changes_nothing(
             "time=90",
         )
     }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told", "not_told"),
+    [
+        # Slurm would count the tasks of the first start, and wait for as many ever after.
+        ("2-4", ["--mincpus=12", "export AGRIVISION_RANKS_PER_NODE=4"], ["ntasks", "cpus-per-task"]),
+        ("4", ["--ntasks-per-node=4", "--cpus-per-task=3"], ["mincpus", "AGRIVISION_RANKS"]),
+    ],
+)
+def test_a_range_of_nodes_names_no_tasks(
+    nodes: str,
+    told: list[str],
+    not_told: list[str],
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["train", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--nodes", nodes]
+    words += ["--gpus_per_node", "4", "--cpus_per_task", "3"]
+    assert main([*words, "--dry_run"]) == 0
+    script = capsys.readouterr().out
+    assert all(text in script for text in told)
+    assert not any(text in script for text in not_told)
 
 
 def test_the_script_that_is_submitted_is_the_one_that_was_shown(
