@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -393,3 +395,23 @@ def test_a_full_disk_loses_nothing(ranks: int, dataset: Path, finished: Path, tm
         assert run(command, ranks) == [0] * ranks
         if ranks == 1:
             assert_same(place / "run", finished)
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal, as the kernel tells it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_a_signal_in_the_first_moments_is_heard(dataset: Path, tmp_path: Path) -> None:
+    """While the commands are still being imported; Slurm may preempt a job at any time."""
+    command = [sys.executable, "-m", "agrivision", *brief(dataset, tmp_path / "run")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not listens(process.pid, signal.SIGUSR1):
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGUSR1)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.STOPPED, said
+    assert "stopped at step 1 (SIGUSR1)" in said
