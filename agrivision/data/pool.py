@@ -65,9 +65,11 @@ def run_jobs(
 
 
 def _result(future: Future[Made], stop: Stop) -> Made:
-    while not wait([future], _POLL_SECONDS).done:
-        if stop():
+    done = False
+    while not done:
+        if stop():  # also where the next shards are made already: to report them takes its time
             raise _interrupted()
+        done = bool(wait([future], _POLL_SECONDS).done)
     return future.result()
 
 

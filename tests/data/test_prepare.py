@@ -90,6 +90,14 @@ def start(source: Path, out: Path, workers: int, before: str = "") -> subprocess
     return subprocess.Popen([sys.executable, str(path)], stderr=subprocess.PIPE, start_new_session=True)
 
 
+# As the command does it; a KeyboardInterrupt may be lost in whatever the interpreter is just doing.
+LISTENING = (
+    "from functools import partial; from agrivision.training.preemption import StopRequest;"
+    " request = StopRequest().listen();"
+    " module.prepare = partial(module.prepare, stop=lambda: request.made)"
+)
+
+
 def wait_for(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
@@ -108,7 +116,7 @@ def children(process):
 )
 def test_killed_in_the_middle_it_goes_on(tmp_path, source, number, workers):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    process = start(source, out, workers)
+    process = start(source, out, workers, LISTENING if number == signal.SIGINT else "")
     wait_for(lambda: len(list(partial.glob(".prepare/*/*.json"))) >= 3)
     workers_ids = children(process)
     process.send_signal(number)

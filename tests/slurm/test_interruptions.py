@@ -108,6 +108,7 @@ def test_preempted_with_sigterm(
     assert "ended with 85 (preempted): back into the queue" in run.log
 
 
+@pytest.mark.faults
 def test_a_killed_rank(cluster: Cluster, dataset: Path, tmp_path: Path, references: References) -> None:
     run = train(cluster, dataset, tmp_path / "run", ["--ntasks-per-node=2"])
     run.reach(3)

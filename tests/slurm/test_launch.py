@@ -90,6 +90,7 @@ def test_a_launched_run_is_the_run_on_this_machine(
     assert all(path.stat().st_mode & 0o077 == 0 for path in (run_dir, run_dir / "launch"))
 
 
+@pytest.mark.faults
 def test_cancelled_it_stays_so_until_somebody_resumes_it(
     cluster: Cluster,
     here: Path,
@@ -178,6 +179,7 @@ def test_of_a_sweep_only_the_element_that_is_preempted_is_requeued(
     assert_same(elements[2], reference)
 
 
+@pytest.mark.faults
 def test_a_pipeline_from_fields_to_maps(
     cluster: Cluster,
     here: Path,
