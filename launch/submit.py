@@ -388,7 +388,7 @@ def _safe(name: str) -> str:
 def _setup(code: Path, lines: Sequence[str]) -> list[str]:
     return [
         "umask 077",
-        "trap '' TERM USR1 USR2  # bash stays, and so does Python until it listens",
+        "trap : TERM USR1 USR2  # bash stays until Python has decided; its children get the default",
         *lines,
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # else the folder that the job was submitted in comes first",
