@@ -47,6 +47,11 @@ class DataConfig:
         crop: side in pixels of the random square cut from each training tile; null takes whole tiles.
         threads: decoding threads of each rank; 0 decodes in the main thread.
         prefetch: batches decoded ahead of the step by each rank.
+        decoder: `cpu` decodes in the threads; `gpu` lets nvJPEG do it, for nodes with few cores for
+            each GPU. Its pixels may differ by a grey level, so a run keeps the one that it began with.
+        shuffle_window: null lets a tile come anywhere in an epoch. A number mixes tiles within windows
+            of about that many, each drawn from a few places of the split, so that a rank reads few
+            shards at a time: for splits of very many shards, or disks that are slow at random reads.
         train_split: split to train on.
         val_split: split to evaluate on.
         normalisation: what the network sees of the pixels: `bands` gives each band zero mean and unit
@@ -62,6 +67,8 @@ class DataConfig:
     crop: int | None = None
     threads: int = 2
     prefetch: int = 2
+    decoder: Literal["cpu", "gpu"] = "cpu"
+    shuffle_window: int | None = None
     train_split: str = "train"
     val_split: str = "val"
     normalisation: Literal["bands", "range"] = "bands"
@@ -72,6 +79,8 @@ class DataConfig:
         _require(self.crop is None or self.crop >= 1, "data.crop", self.crop, "at least 1, or null")
         _at_least("data.threads", self.threads, 0)
         _at_least("data.prefetch", self.prefetch, 1)
+        window = self.shuffle_window
+        _require(window is None or window >= 2, "data.shuffle_window", window, "at least 2, or null")
         _require(_is_stage(self.stage), "data.stage", self.stage, "null, auto or an absolute path")
 
 
@@ -225,6 +234,10 @@ class TrainingConfig:
         micro_batch_size: most samples that a rank pushes through the network at once; a larger share
             of the batch is accumulated. null: no limit.
         sync_batchnorm: BatchNorm statistics over all ranks (GPU only).
+        compile: let torch.compile fuse kernels; the first steps then take minutes (needs a C++ compiler).
+        gradient_compression: type that gradients travel between ranks in; `none` is float32.
+        invariant: the same bits of all weights on any number of ranks: the gradients of micro-batches,
+            which must have a size then, are added in one order. Slower.
         ema_decay: decay of the moving average of the weights that is evaluated and saved beside
             them; 0 switches it off.
         max_nonfinite_steps: stop after this many steps in a row whose loss is not finite.
@@ -243,6 +256,9 @@ class TrainingConfig:
     channels_last: bool = True
     micro_batch_size: int | None = None
     sync_batchnorm: bool = False
+    compile: bool = False
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"
+    invariant: bool = False
     ema_decay: float = 0.0
     max_nonfinite_steps: int = 5
     evaluate_every_epochs: int = 1
@@ -264,6 +280,20 @@ class TrainingConfig:
         _positive("training.checkpoint_every_minutes", self.checkpoint_every_minutes)
         _at_least("training.keep_last", self.keep_last, 1)
         _at_least("training.keep_every", self.keep_every, 0)
+        if self.invariant:
+            self._check_invariant()
+
+    def _check_invariant(self) -> None:
+        if self.micro_batch_size is None:
+            raise ConfigurationError("training.invariant needs training.micro_batch_size")
+        if self.sync_batchnorm:
+            raise ConfigurationError(
+                "training.sync_batchnorm makes statistics depend on the ranks: training.invariant forbids"
+            )
+        if self.gradient_compression != "none":
+            raise ConfigurationError(
+                "training.gradient_compression rounds what ranks send: training.invariant forbids that"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
