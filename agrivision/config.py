@@ -234,7 +234,7 @@ class TrainingConfig:
         micro_batch_size: most samples that a rank pushes through the network at once; a larger share
             of the batch is accumulated. null: no limit.
         sync_batchnorm: BatchNorm statistics over all ranks (GPU only).
-        compile: let torch.compile fuse kernels; the first steps then take minutes (needs a C++ compiler).
+        compile: let torch.compile fuse kernels; the first step then takes long (needs a C++ compiler).
         gradient_compression: type that gradients travel between ranks in; `none` is float32.
         invariant: the same bits of all weights on any number of ranks: the gradients of micro-batches,
             which must have a size then, are added in one order. Slower.
@@ -288,11 +288,11 @@ class TrainingConfig:
             raise ConfigurationError("training.invariant needs training.micro_batch_size")
         if self.sync_batchnorm:
             raise ConfigurationError(
-                "training.sync_batchnorm makes statistics depend on the ranks: training.invariant forbids"
+                "training.sync_batchnorm depends on the number of ranks: training.invariant forbids it"
             )
         if self.gradient_compression != "none":
             raise ConfigurationError(
-                "training.gradient_compression rounds what ranks send: training.invariant forbids that"
+                "training.gradient_compression rounds what ranks send: training.invariant forbids it"
             )
 
 
