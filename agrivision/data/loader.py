@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from agrivision.data.decode import Pixels, decode_record
-from agrivision.data.order import GlobalBatch, Order, share
+from agrivision.data.order import GlobalBatch, Order
 from agrivision.data.shards import SplitReader
 from agrivision.errors import ConfigurationError, DatasetError
 from agrivision.world import World
@@ -138,8 +138,8 @@ class TrainLoader:
 
     def _start_one(self) -> None:
         whole = self.order.batch(self._ahead)
-        mine = share(self.order.batch_size, self.world.rank, self.world.size)
-        tiles = whole.tiles[mine].tolist()
+        mine = self.order.share(self.world.rank, self.world.size)
+        tiles = self.order.tiles(whole, mine).tolist()
         count = min(max(whole.count - mine.start, 0), len(tiles))
         pixels, futures = self._decoder.start(tiles)
         self._pending.append((Batch(pixels=pixels, tiles=tiles, count=count, whole=whole), futures))

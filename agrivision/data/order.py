@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
+_RUNS = 16  # places of the split that a window takes its tiles from
+_LANE = 8  # samples of a batch that walk through the same windows; ranks rarely have fewer
 
 
 class Stream(IntEnum):
@@ -43,36 +45,44 @@ def generator(seed: int, stream: Stream, major: int, minor: int = 0) -> np.rando
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def permuted(positions: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def permuted(
+    positions: NDArray[np.int64], size: int, seed: int, epoch: int, part: int = 0
+) -> NDArray[np.int64]:
     """Where a pseudo-random permutation of 0 … size - 1 sends some positions.
 
-    A Feistel network over the next even number of bits, walked until it lands inside of the range
-    (Black and Rogaway 2002): each position costs the same whatever the size, and no array of the
-    whole set is needed.
+    A Feistel network over the bits of the range, walked until it lands inside of it (Black and Rogaway
+    2002): each position costs the same whatever the size, and no array of the whole set is needed.
 
     Args:
         positions: any integers from 0 to size - 1.
         size: number of tiles.
         seed: of the run.
         epoch: each has a permutation of its own.
+        part: so has each part of an epoch that is permuted by itself.
 
     Returns:
         An array of the same shape, int64; all positions together give a permutation.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = generator(seed, Stream.ORDER, epoch).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
-    result = _feistel(positions.astype(np.uint64), half, keys)
-    while (outside := result >= size).any():  # at most 3 of 4 values lie outside
-        result[outside] = _feistel(result[outside], half, keys)
+    bits = max(2, (size - 1).bit_length())
+    keys = generator(seed, Stream.ORDER, epoch, part).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
+    result = _feistel(positions.astype(np.uint64), bits, keys)
+    while (outside := result >= size).any():  # fewer than half of the values, but of two bits
+        result[outside] = _feistel(result[outside], bits, keys)
     return result.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    mask, bits = np.uint64((1 << half) - 1), np.uint64(half)
-    left, right = values >> bits, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << bits) | right
+def _feistel(values: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """An even number of rounds, so that halves of unequal width are in their places at the end."""
+    low = bits // 2
+    widths = (bits - low, low)
+    left, right = values >> np.uint64(low), values & _mask(low)
+    for number, key in enumerate(keys):
+        left, right = right, left ^ (_mix(right ^ key) & _mask(widths[number % 2]))
+    return (left << np.uint64(low)) | right
+
+
+def _mask(bits: int) -> np.uint64:
+    return np.uint64((1 << bits) - 1)
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -82,21 +92,63 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def windowed(
+    positions: NDArray[np.int64], size: int, window: int, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """A permutation of 0 … size - 1 whose neighbouring positions lead to few places of the range.
+
+    The range is cut into runs of neighbours, which are permuted as wholes; then the positions within
+    each window of 16 runs are permuted. Both in domains of whole runs, walked like `permuted`.
+
+    Args:
+        positions: any integers from 0 to size - 1.
+        size: number of tiles.
+        window: about how many tiles are mixed with one another.
+        seed: of the run.
+        epoch: each has a permutation of its own.
+
+    Returns:
+        An array of the same shape, int64; all positions together give a permutation.
+    """
+    run = max(1, window // _RUNS)
+    runs = -(-size // run)
+
+    def once(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        mixed = _within_windows(values, runs * run, _RUNS * run, seed, epoch)
+        return permuted(mixed // run, runs, seed, epoch) * run + mixed % run
+
+    result = once(positions)
+    while (outside := result >= size).any():  # of the last run, which may be shorter
+        result[outside] = once(result[outside])
+    return result
+
+
+def _within_windows(
+    positions: NDArray[np.int64], size: int, window: int, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    number, inside = np.divmod(positions, window)
+    result = np.empty_like(positions)
+    for each in np.unique(number).tolist():
+        here, start = number == each, each * window
+        length = min(window, size - start)
+        result[here] = start + permuted(inside[here], length, seed, epoch, each + 1)
+    return result
+
+
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """The samples of one step, over all ranks.
+    """What the samples of one step have in common, over all ranks.
 
     Attributes:
         epoch: that all of them belong to.
         cursor: samples consumed before this batch.
-        tiles: (batch_size,) int64. The last batch of an epoch is filled up with tiles from the
-            epoch's beginning, so that shapes never change and no rank goes without.
-        count: how many of them count, the first ones; the others have no weight in the loss.
+        count: how many of them count, the first ones. The last batch of an epoch is filled up, so that
+            shapes never change and no rank goes without; what it is filled with has no weight in the
+            loss.
     """
 
     epoch: int
     cursor: int
-    tiles: NDArray[np.int64]
     count: int
 
     @property
@@ -109,20 +161,32 @@ class GlobalBatch:
 class Order:
     """The line of samples of a run.
 
+    With a window, the places of a batch are lanes: each goes along a stretch of its own of the
+    permuted split. Ranks have contiguous parts of every batch, so each meets few windows at a time.
+
     Attributes:
         size: tiles in the training split.
         batch_size: samples of a step over all ranks.
         seed: of the run.
+        window: tiles are mixed within windows of about so many; None mixes all of them.
+        unit: samples that a rank's part of a batch consists of whole numbers of; the last may be less.
     """
 
     size: int
     batch_size: int
     seed: int
+    window: int | None = None
+    unit: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that it takes to see every tile once."""
         return -(-self.size // self.batch_size)
+
+    @property
+    def units(self) -> int:
+        """In a batch; there can be no more ranks."""
+        return -(-self.batch_size // self.unit)
 
     def steps_left(self, cursor: int, epochs: int) -> int:
         """Steps that it takes from `cursor` to the end of the last of `epochs` epochs."""
@@ -133,10 +197,38 @@ class Order:
     def batch(self, cursor: int) -> GlobalBatch:
         """The batch that begins after `cursor` samples."""
         epoch, start = divmod(cursor, self.size)
-        count = min(self.batch_size, self.size - start)
-        positions = np.arange(start, start + self.batch_size, dtype=np.int64) % self.size
-        tiles = permuted(positions, self.size, self.seed, epoch)
-        return GlobalBatch(epoch=epoch, cursor=cursor, tiles=tiles, count=count)
+        return GlobalBatch(epoch=epoch, cursor=cursor, count=min(self.batch_size, self.size - start))
+
+    def share(self, rank: int, ranks: int) -> slice:
+        """Which places of every batch a rank has."""
+        units = share(self.units, rank, ranks)
+        return slice(units.start * self.unit, min(units.stop * self.unit, self.batch_size))
+
+    def tiles(self, batch: GlobalBatch, places: slice | None = None) -> NDArray[np.int64]:
+        """Numbers of the tiles at some places of a batch, in the order of the places.
+
+        Costs the same at every position and whatever the size; nothing is kept.
+
+        Args:
+            batch: as from `batch`.
+            places: which of its samples; None for all.
+        """
+        start, stop, _ = (places or slice(None)).indices(self.batch_size)
+        first = batch.cursor % self.size
+        positions = np.arange(first + start, first + stop, dtype=np.int64) % self.size
+        if self.window is None:
+            return permuted(positions, self.size, self.seed, batch.epoch)
+        return windowed(self._in_lanes(positions), self.size, self.window, self.seed, batch.epoch)
+
+    def _in_lanes(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Position in the epoch → position on the permuted split, of which each lane has a stretch."""
+        step, place = np.divmod(positions, self.batch_size)
+        lane, inside = np.divmod(place, _LANE)
+        steps, rest = divmod(self.size, self.batch_size)
+        before = lane * _LANE
+        width = np.minimum(_LANE, self.batch_size - before)
+        line: NDArray[np.int64] = steps * before + np.minimum(rest, before) + step * width + inside
+        return line
 
 
 def share(total: int, rank: int, size: int) -> slice:

@@ -130,9 +130,10 @@ def test_samples_that_fill_up_a_batch_have_no_weight(dataset: Path, gradients) -
     run_dir = gradients(1, "none", "null")
     config, schema = read_config(run_dir / "config.yaml"), Schema.read(dataset)
     reader = SplitReader(dataset, schema, "train")
-    batch = Order(size=len(reader), batch_size=7, seed=config.seed).batch(28)
+    order = Order(size=len(reader), batch_size=7, seed=config.seed)
+    batch = order.batch(28)
     assert batch.count == 5
-    tiles = batch.tiles[:5].tolist()
+    tiles = order.tiles(batch)[:5].tolist()
     pixels = Pixels.allocate(schema, 5)
     for slot, tile in enumerate(tiles):
         decode_record(reader.read(tile), schema, pixels, slot)
