@@ -39,6 +39,10 @@ class Optimizer:
         self._optimizer = _build(groups, config)
         self._clip_norm = config.clip_norm
         self._keys = _STATE_KEYS[config.name]
+        if config.name == "sgd" and config.momentum:
+            # Else a first step that is skipped leaves whatever was in the memory.
+            for parameter in self._named.values():
+                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -49,10 +53,18 @@ class Optimizer:
         limit = float("inf") if self._clip_norm is None else self._clip_norm
         return nn.utils.clip_grad_norm_(list(self._named.values()), limit)
 
-    def step(self, learning_rate: float) -> None:
-        """Change the weights."""
+    def step(self, learning_rate: float, good: torch.Tensor | None = None) -> None:
+        """Change the weights.
+
+        Args:
+            learning_rate: of this step.
+            good: bool scalar where the weights are; if false, nothing changes, and nobody waits for
+                the answer. None is true.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        # The fused kernels look at this themselves. It is meant for torch's scaler of losses.
+        self._optimizer.found_inf = None if good is None else (~good).float()  # type: ignore[attr-defined]
         self._optimizer.step()
 
     def state_dict(self) -> dict[str, torch.Tensor]:

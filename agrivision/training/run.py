@@ -45,6 +45,7 @@ from agrivision.training.preemption import StopRequest
 from agrivision.training.record import Record
 from agrivision.training.showcase import draw_panels
 from agrivision.training.start import find_start, held
+from agrivision.training.tally import Look
 from agrivision.training.trainer import Progress, SaveClock, Step, Trainer
 from agrivision.world import World
 
@@ -313,6 +314,7 @@ class _Run:
         self._still_ours = setting.still_ours
         self._warning_seconds = setting.ranks.world.signal_seconds
         self._slowest_step = 0.0
+        self._missed = 0  # the last skipped step that the log knows of
 
     def go(self) -> ExitCode:
         """Train to the end, or until somebody asks to stop."""
@@ -324,12 +326,8 @@ class _Run:
         for step in self._trainer.steps(self._stop, self._clock):
             self._slowest_step = max(self._slowest_step, time.perf_counter() - since)
             self._write(step)
-            if progress.nonfinite >= config.training.max_nonfinite_steps:
-                raise Diverged(
-                    f"the loss was not finite in {progress.nonfinite} steps in a row, the last one"
-                    f" step {step.number}: lower optimizer.lr, or train in fp32"
-                )
             if self._save_is_due(step):
+                self._look()
                 self._save()
             if step.unreadable:
                 raise self._unreadable()
@@ -357,12 +355,29 @@ class _Run:
         if self._config.monitor.log_samples:
             keys = [self._data.train.key(tile) for tile in step.batch.tiles[: step.batch.count]]
             self._record.sampled(step.number, whole.epoch, keys)
-        if step.skipped:
-            log.warning("the loss of step %d is not finite: the step is skipped", step.number)
         self._record.stepped(whole.count)
         if step.number % self._config.monitor.log_every_steps == 0 or self._is_last():
-            values = self._trainer.progress.take_means() | {"learning_rate": step.learning_rate}
+            values = self._look().means | {"learning_rate": step.learning_rate}
+            self._trainer.tally.restart()
             self._record.trained(step.number, whole.epoch, values, self._loader.waited)
+
+    def _look(self) -> Look:
+        """Wait for the device, and see whether the steps up to here were good."""
+        look = self._trainer.tally.look()
+        most = self._config.training.max_nonfinite_steps
+        if look.most_in_a_row >= most:
+            raise Diverged(
+                f"the loss was not finite in {look.most_in_a_row} steps in a row, the last one step"
+                f" {look.last_missed}: lower optimizer.lr, or train in fp32"
+            )
+        if look.last_missed > self._missed:
+            self._missed = look.last_missed
+            log.warning(
+                "the loss was not finite in %d of the steps up to %d: they are skipped",
+                look.missed,
+                look.last_missed,
+            )
+        return look
 
     def _save_is_due(self, step: Step) -> bool:
         training = self._config.training

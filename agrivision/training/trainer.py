@@ -2,20 +2,22 @@
 
 Ranks agree once a step, in one small sum: the loss, whether somebody asked to stop, whether a rank
 could not read its next batch. What follows from it (skip, save, leave) is then the same decision
-everywhere.
+everywhere. On a GPU the losses are summed there, and the program waits for it only when it looks at
+them: whether a step counts is decided on the device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import inspect
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from agrivision.config import Config
@@ -24,58 +26,26 @@ from agrivision.data.loader import Batch, TrainLoader
 from agrivision.data.order import Stream, generator
 from agrivision.distributed import Ranks, peers_may_fail
 from agrivision.errors import CheckpointError, DatasetError
-from agrivision.model.losses import LabelSetLoss
+from agrivision.model.losses import LabelSetLoss, SampleLosses
 from agrivision.model.precision import autocast
 from agrivision.training.ema import WeightAverage
 from agrivision.training.optimizer import Optimizer
 from agrivision.training.preemption import StopRequest
 from agrivision.training.schedule import learning_rate
+from agrivision.training.tally import Tally
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is: all that must survive besides tensors.
+    """How far a run is.
 
     Attributes:
         step: optimiser steps done, skipped ones included.
         cursor: samples consumed by all ranks together.
-        nonfinite: steps in a row whose loss was not finite, up to now.
-        skipped: steps skipped for that reason, altogether.
-        sums: of the loss, its parts and the gradient norm since the last line in the log.
-        counted: steps in those sums.
     """
 
     step: int = 0
     cursor: int = 0
-    nonfinite: int = 0
-    skipped: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    counted: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state.
-
-        Raises:
-            CheckpointError: it has other entries.
-        """
-        if set(state) != set(vars(self)):
-            raise CheckpointError(f"the checkpoint's progress has the entries {', '.join(state)}")
-        vars(self).update(state)
-
-    def count(self, values: Mapping[str, float]) -> None:
-        """Add one step's values to the sums."""
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
-        self.counted += 1
-
-    def take_means(self) -> dict[str, float]:
-        """The means since the last call, and begin anew."""
-        means = {name: value / self.counted for name, value in self.sums.items()}
-        self.sums, self.counted = {}, 0
-        return means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +58,6 @@ class Step:
         stop: somebody asked to stop, or it is time.
         save: rank 0 wants a checkpoint (its clock says so).
         unreadable: ranks that could not read their next batch.
-        skipped: the loss was not finite, the weights are as before.
         learning_rate: of this step.
     """
 
@@ -97,7 +66,6 @@ class Step:
     stop: bool
     save: bool
     unreadable: int
-    skipped: bool
     learning_rate: float
 
 
@@ -115,6 +83,7 @@ class Trainer:
 
     Attributes:
         progress: how far the run is.
+        tally: losses and skipped steps.
         total_steps: of the whole run; set it before the first step.
         model: without a wrapper.
         optimizer: of its parameters.
@@ -133,16 +102,24 @@ class Trainer:
         ranks: Ranks,
         device: torch.device,
     ) -> None:
+        training = config.training
         self.progress = Progress()
+        self.tally = Tally(device)
         self.total_steps = 0
         self.model = model
         self.optimizer = Optimizer(model, config.optimizer)
-        decay = config.training.ema_decay
-        self.average = WeightAverage(model, decay) if decay else None
+        self.average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
         self.trouble: DatasetError | None = None
-        self._config, self._loss, self._augment, self._loader = config, loss, augment, loader
+        self._config, self._augment, self._loader = config, augment, loader
         self._ranks, self._device = ranks, device
-        self._wrapped = _wrap(model, ranks, device)
+        self._places = loader.order.share(ranks.world.rank, ranks.world.size)
+        self._micro = training.micro_batch_size or len(range(config.data.batch_size)[self._places])
+        self._wrapped = model if training.invariant else _wrap(model, ranks, device, self._how())
+        self._network: Callable[..., Any] = self._wrapped
+        self._loss: Callable[..., SampleLosses] = loss
+        if training.compile:
+            self._network = torch.compile(self._wrapped, dynamic=False)
+            self._loss = torch.compile(loss, dynamic=False)
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
     @property
@@ -155,7 +132,7 @@ class Trainer:
         states: dict[str, Mapping[str, Any]] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": self.progress.state_dict(),
+            "progress": vars(self.progress) | self.tally.state_dict(),
         }
         return states if self.average is None else states | {"ema": self.average.state_dict()}
 
@@ -171,7 +148,9 @@ class Trainer:
                 # A run that switches the average on begins it with the weights.
                 self.average.load_state_dict(states.get("ema", states["model"]))
             self.optimizer.load_state_dict(states["optimizer"])
-            self.progress.load_state_dict(states["progress"])
+            progress = states["progress"]
+            self.tally.load_state_dict(progress)
+            self.progress.step, self.progress.cursor = progress["step"], progress["cursor"]
         except KeyError as error:
             raise CheckpointError(f"the checkpoint has no state {error}") from None
         except RuntimeError as error:  # torch lists every tensor that does not fit; one is enough
@@ -196,17 +175,29 @@ class Trainer:
         while self.progress.step < self.total_steps:
             assert batch is not None
             self.model.train()
-            before = [buffer.clone() for buffer in self._statistics]
             local = self._accumulate(batch)
             last = self.progress.step + 1 == self.total_steps
             following = batch if last else self._fetch()
             flags = (stop.made, save_due.passed(), following is None)
-            step = self._finish(batch, *self._agree(local, flags))
-            if step.skipped:  # running statistics have seen what was not finite
-                for buffer, value in zip(self._statistics, before, strict=True):
-                    buffer.copy_(value)
-            yield step
+            losses, (stops, saves, unreadable) = self._agree(local, flags)
+            rate = self._finish(batch, losses)
+            yield Step(
+                number=self.progress.step,
+                batch=batch,
+                stop=stops > 0,
+                save=saves > 0,
+                unreadable=unreadable,
+                learning_rate=rate,
+            )
             batch = following
+
+    def _how(self) -> _Exchange:
+        training, order = self._config.training, self._loader.order
+        largest = -(-order.units // self._ranks.world.size) * order.unit  # the same on all ranks
+        return _Exchange(
+            compression=training.gradient_compression,
+            static=not training.compile and (training.micro_batch_size or largest) >= largest,
+        )
 
     def _fetch(self) -> Batch | None:
         try:
@@ -217,15 +208,19 @@ class Trainer:
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
         """Gradients of this rank's part; returns the sums of loss, cross-entropy and Dice, (3,)."""
+        self._before = [buffer.clone() for buffer in self._statistics]
         self.optimizer.zero_grad()
-        size = self._config.training.micro_batch_size or len(batch.tiles)
-        starts = range(0, len(batch.tiles), size)
+        parts = list(self._parts(batch))
         sums = torch.zeros(3, device=self._device)
-        for start in starts:
-            part = slice(start, min(start + size, len(batch.tiles)))
-            with self._unsynchronised(last=start == starts[-1]):
+        for part in parts:
+            with self._unsynchronised(last=part is parts[-1]):
                 sums += self._backward(batch, part)
         return sums
+
+    def _parts(self, batch: Batch) -> Iterator[slice]:
+        """The micro-batches of this rank's part."""
+        for start in range(0, len(batch.tiles), self._micro):
+            yield slice(start, min(start + self._micro, len(batch.tiles)))
 
     def _backward(self, batch: Batch, part: slice) -> torch.Tensor:
         assert batch.whole is not None
@@ -234,21 +229,24 @@ class Trainer:
         images, labels = self._augment(pixels.images(), pixels.label_bits(), batch.whole.epoch, tiles)
         self._seed(part.start)
         with autocast(self._device, self._config.training.precision), peers_may_fail():
-            logits = self._wrapped(images)  # DDP sends rank 0's running statistics to the others
+            logits = self._network(images)
         losses = self._loss(logits, labels)
         # Samples that only fill up the batch have no weight, but keep the graph and the shapes.
         counts = torch.arange(part.start, part.stop, device=self._device) < batch.count
-        # DDP averages over the ranks; the mean over the samples of all ranks is wanted.
-        scale = self._ranks.world.size / batch.whole.count
+        scale = self._scale / batch.whole.count
         with peers_may_fail():
-            ((losses.total * counts).sum() * scale).backward()
+            ((losses.total * counts).sum() * scale).backward()  # type: ignore[no-untyped-call]
         parts = torch.stack([losses.total, losses.cross_entropy, losses.dice])
         return (parts.detach() * counts).sum(1)
 
+    @property
+    def _scale(self) -> int:
+        """DDP averages over the ranks; the mean over the samples of all ranks is wanted."""
+        return self._ranks.world.size if isinstance(self._wrapped, DistributedDataParallel) else 1
+
     def _seed(self, start: int) -> None:
         """Dropout depends on the step and the sample's place in the global batch, not on history."""
-        world = self._ranks.world
-        place = self._config.data.batch_size * world.rank // world.size + start
+        place = self._places.start + start
         random = generator(self._config.seed, Stream.DROPOUT, self.progress.step, place)
         torch.manual_seed(int(random.integers(2**63)))
 
@@ -260,43 +258,33 @@ class Trainer:
 
     def _agree(
         self, local: torch.Tensor, flags: tuple[bool, ...]
-    ) -> tuple[dict[str, float], tuple[int, ...]]:
-        """The losses summed over the ranks, and on how many ranks each flag is up."""
-        mine = torch.tensor([*local.double().tolist(), *map(float, flags)], dtype=torch.float64)
-        total = self._ranks.sum(mine).tolist()
-        losses = dict(zip(("total", "cross_entropy", "dice"), total[:3], strict=True))
-        return losses, tuple(int(count) for count in total[3:])
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The losses summed over the ranks, float64 (3,), and on how many ranks each flag is up."""
+        up = torch.tensor(flags, dtype=torch.float64)
+        if self._device.type == "cpu":  # one message
+            total = self._ranks.sum(torch.cat([local.double(), up]))
+            losses, counts = total[:3], total[3:]
+        else:  # flags travel between the programs, losses between the devices
+            losses, counts = self._ranks.sum_in_place(local.double()), self._ranks.sum(up)
+        return losses, tuple(int(count) for count in counts.tolist())
 
-    def _finish(self, batch: Batch, losses: dict[str, float], flags: tuple[int, ...]) -> Step:
-        """Change the weights, unless the loss or the gradient is not finite."""
+    def _finish(self, batch: Batch, losses: torch.Tensor) -> float:
+        """Change the weights, unless the loss or the gradient is not finite; returns the rate."""
         assert batch.whole is not None
         progress = self.progress
-        # Gradients are the same bits on all ranks by now, so this norm needs no agreement.
-        norm = self.optimizer.clip().item()
-        skipped = not (math.isfinite(norm) and all(map(math.isfinite, losses.values())))
+        # Gradients are the same bits on all ranks by now, so this norm needs no agreement, and a loss
+        # that is not finite on any rank has made it so.
+        norm = self.optimizer.clip()
+        good = self.tally.count(losses / batch.whole.count, norm, progress.step + 1)
         rate = self._learning_rate()
-        if skipped:
-            progress.nonfinite += 1
-            progress.skipped += 1
-        else:
-            progress.nonfinite = 0
-            self.optimizer.step(rate)
-            means = {name: value / batch.whole.count for name, value in losses.items()}
-            progress.count(means | {"gradient_norm": norm})
+        self.optimizer.step(rate, good)
+        for buffer, value in zip(self._statistics, self._before, strict=True):
+            buffer.copy_(torch.where(good, buffer, value))  # they have seen what was not finite
         progress.step += 1
         progress.cursor = batch.whole.next_cursor
-        if self.average is not None and not skipped:
+        if self.average is not None:
             self.average.update(self.model, progress.step)
-        stop, save, unreadable = flags
-        return Step(
-            number=progress.step,
-            batch=batch,
-            stop=stop > 0,
-            save=save > 0,
-            unreadable=unreadable,
-            skipped=skipped,
-            learning_rate=rate,
-        )
+        return rate
 
     def _learning_rate(self) -> float:
         config = self._config
@@ -324,14 +312,41 @@ class SaveClock:
         self.last = time.monotonic()
 
 
-def _wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+@dataclass(frozen=True, kw_only=True)
+class _Exchange:
+    """How gradients travel.
+
+    Attributes:
+        compression: see `TrainingConfig.gradient_compression`.
+        static: each step runs the network once, and as it is.
+    """
+
+    compression: Literal["none", "bf16", "fp16"]
+    static: bool
+
+
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"  # its name since torch 2.15
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+_HOOKS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+
+
+def _wrap(model: nn.Module, ranks: Ranks, device: torch.device, how: _Exchange) -> nn.Module:
     if ranks.world.size == 1:
         return model
+    keep: dict[str, Any] = {_SYNC_BUFFERS: False}
     with peers_may_fail():
-        # At every forward pass BatchNorm's running statistics become rank 0's, which are the ones that
-        # are saved: a run that goes on then holds what the one that was never interrupted held.
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            static_graph=how.static,
+            # Nothing is computed from running statistics while training. Those of rank 0 are saved and
+            # evaluated, so the others need not hear of them at every step.
+            **keep,
         )
+    if how.compression != "none":
+        wrapped.register_comm_hook(state=None, hook=_HOOKS[how.compression])
+    return wrapped
