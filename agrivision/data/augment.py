@@ -49,15 +49,58 @@ class Normaliser:
         bands = len(schema.bands)
         return cls(mean=(0.0,) * bands, std=(float(largest),) * bands, nodata=schema.nodata)
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise (batch, bands, height, width) float32 pixels; NaN and infinite values become 0."""
-        mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
-        std = images.new_tensor([value or 1.0 for value in self.std]).view(1, -1, 1, 1)
-        normal = (images - mean) / std
+    def __call__(
+        self,
+        images: torch.Tensor,
+        gain: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Normalise pixels, and change their radiometry in the same pass.
+
+        Args:
+            images: (batch, bands, height, width) of any type, best in channels-last memory.
+            gain: (batch, bands) float32, a factor of the normalised bands; None for 1.
+            shift: (batch, 1) float32, added after that; None for 0.
+
+        Returns:
+            float32 of the same shape in channels-last memory, never the memory of `images`. NaN and
+            infinite values, and empty pixels, are 0.
+        """
+        pixels = images.permute(0, 2, 3, 1).contiguous()
+        mean, std = (
+            torch.tensor(by_band, device=pixels.device) for by_band in (self.mean, self._spread)
+        )
+        factor = 1 / std.unsqueeze(0) if gain is None else gain / std
+        offset = -mean * factor if shift is None else shift - mean * factor
+        normal = _scaled(pixels, factor, offset)
         if self.nodata is not None:
-            empty = (images == self.nodata).all(dim=1, keepdim=True)
-            normal = normal.masked_fill(empty, 0.0)
-        return torch.nan_to_num(normal, nan=0.0, posinf=0.0, neginf=0.0)
+            normal.masked_fill_((pixels == self.nodata).all(dim=-1, keepdim=True), 0.0)
+        if pixels.dtype.is_floating_point:
+            normal.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        return normal.permute(0, 3, 1, 2)
+
+    @property
+    def _spread(self) -> tuple[float, ...]:
+        return tuple(value or 1.0 for value in self.std)
+
+
+def _scaled(pixels: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """`pixels * factor + offset` in one pass.
+
+    A row of pixels is one long row of numbers to it, with the bands' factors repeated: a loop over a
+    handful of bands at a time is several times slower.
+
+    Args:
+        pixels: (batch, height, width, bands), contiguous.
+        factor: (batch or 1, bands) float32.
+        offset: like `factor`.
+    """
+    batch, height, width, bands = pixels.shape
+    rows = pixels.reshape(batch, height, width * bands)
+    rows = rows if rows.dtype == torch.uint8 else rows.to(torch.float32)
+    repeated = (part.repeat(1, width).unsqueeze(1) for part in (offset, factor))
+    start, factors = repeated
+    return torch.addcmul(start, rows, factors).view(batch, height, width, bands)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,50 +162,60 @@ class Augment:
     seed: int
 
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, epoch: int, tiles: Sequence[int]
+        self, planes: Sequence[torch.Tensor], labels: torch.Tensor, epoch: int, tiles: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Change a batch.
 
         Args:
-            images: (batch, bands, side, side) float32 pixels as decoded.
-            labels: (batch, side, side) int32 label bits.
+            planes: (batch, side, side, bands) each, as decoded; together they have all bands.
+            labels: (batch, side, side) label bits, int16 or int32.
             epoch: of the batch.
             tiles: their numbers in the split.
 
         Returns:
             images (batch, bands, crop, crop) float32, normalised, in channels-last memory, and
-            labels (batch, crop, crop) int32; pixels from outside of a tile are invalid.
+            labels (batch, crop, crop) int32, bits 0 … 15; pixels from outside of a tile are invalid.
         """
-        bands = images.shape[1]
+        bands = sum(plane.shape[-1] for plane in planes)
         draws = [draw(self.config, bands, self.seed, epoch, tile) for tile in tiles]
+        gain, shift = self._radiometry(draws, planes[0].device)
         if self.config.scale or self.config.rotate:
+            joined = torch.cat([plane.to(torch.float32) for plane in planes], dim=-1)
             # What a warp moves in from outside is zero, as empty pixels are once they are normalised.
-            changed, bits = self._warp(self.normaliser(images), labels, draws)
-        else:
-            cut, bits = self._cut(images, labels, draws)
-            changed = self.normaliser(cut)  # after the crop: there is less of it
-        gain = changed.new_tensor([one.gain for one in draws]).view(len(draws), bands, 1, 1)
-        shift = changed.new_tensor([one.shift for one in draws]).view(len(draws), 1, 1, 1)
-        if self.config.brightness or self.config.contrast or self.config.band_gain:
-            changed = changed * gain + shift
-        return changed.contiguous(memory_format=torch.channels_last), bits
+            images = self.normaliser(joined.permute(0, 3, 1, 2), gain, shift)
+            changed, bits = self._warp(images, _bits(labels), draws)
+            return changed.contiguous(memory_format=torch.channels_last), bits
+        pixels, cut = self._cut(planes, labels, draws)
+        return self.normaliser(pixels.permute(0, 3, 1, 2), gain, shift), _bits(cut)
+
+    def _radiometry(
+        self, draws: Sequence[Draw], device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gain (batch, bands) and shift (batch, 1), or None where neither changes anything."""
+        if not (self.config.brightness or self.config.contrast or self.config.band_gain):
+            return None, None
+        gain = torch.tensor([one.gain for one in draws]).to(device, non_blocking=True)
+        shift = torch.tensor([[one.shift] for one in draws]).to(device, non_blocking=True)
+        return gain, shift
 
     def _side(self, tile_side: int) -> int:
         return tile_side if self.crop is None else min(self.crop, tile_side)
 
     def _cut(
-        self, images: torch.Tensor, labels: torch.Tensor, draws: Sequence[Draw]
+        self, planes: Sequence[torch.Tensor], labels: torch.Tensor, draws: Sequence[Draw]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Crops and the eight symmetries: pixels move, none is computed."""
-        side = self._side(images.shape[-1])
-        cut = images.new_empty((len(draws), images.shape[1], side, side))
+        """Crops and the eight symmetries, (batch, crop, crop, bands): pixels move, none is computed."""
+        tile_side, bands = planes[0].shape[1], sum(plane.shape[-1] for plane in planes)
+        side = self._side(tile_side)
+        pixels = planes[0].new_empty((len(draws), side, side, bands))
         bits = labels.new_empty((len(draws), side, side))
         for sample, one in enumerate(draws):
-            top, left = (_offset(place, images.shape[-1], side) for place in (one.row, one.column))
-            window = (..., slice(top, top + side), slice(left, left + side))
-            cut[sample] = _symmetry(images[sample][window], one)
-            bits[sample] = _symmetry(labels[sample][window], one)
-        return cut, bits
+            top, left = (_offset(place, tile_side, side) for place in (one.row, one.column))
+            window = (sample, slice(top, top + side), slice(left, left + side))
+            joined = torch.cat([_movable(plane[window]) for plane in planes], dim=-1)
+            _move(_words(joined), _words(_movable(pixels[sample])), one)
+            _move(labels[window], bits[sample], one)
+        return pixels, bits
 
     def _warp(
         self, images: torch.Tensor, labels: torch.Tensor, draws: Sequence[Draw]
@@ -183,6 +236,40 @@ class Augment:
         return cut, bits.squeeze(1).to(torch.int32)
 
 
+def _bits(labels: torch.Tensor) -> torch.Tensor:
+    """Bits 0 … 15 as int32: in int16 the highest is the sign."""
+    return labels.to(torch.int32) & 0xFFFF
+
+
+def _movable(pixels: torch.Tensor) -> torch.Tensor:
+    """The same memory as a type that torch can move about, which it cannot with uint16."""
+    return pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _words(pixels: torch.Tensor) -> torch.Tensor:
+    """All bands of a pixel as one number, (side, side), where there is one of that size.
+
+    Four bands of a byte move several times faster as one word. Else (side, side, bands), unchanged.
+    """
+    size = pixels.shape[-1] * pixels.element_size()
+    return pixels.view(_WORDS[size]).squeeze(-1) if size in _WORDS else pixels
+
+
+def _move(source: torch.Tensor, target: torch.Tensor, one: Draw) -> None:
+    """Copy (side, side, …) with the flip and the quarter turns that were drawn."""
+    # A quarter turn counter-clockwise is a transposition and a flip of the rows; each further one moves
+    # on through the eight symmetries. Written so that all flips are one pass.
+    rows, columns = one.turns in (1, 2), (one.turns in (2, 3)) != one.mirror
+    if one.turns % 2:
+        source = source.transpose(0, 1)
+        rows, columns = (one.turns == 1) != one.mirror, one.turns == 3
+    flips = [dim for dim, flip in enumerate((rows, columns)) if flip]
+    target.copy_(source.flip(flips) if flips else source)
+
+
 def _offset(share: float, tile_side: int, side: int) -> int:
     """Where a crop begins, from a number drawn between 0 and 1.
 
@@ -193,11 +280,6 @@ def _offset(share: float, tile_side: int, side: int) -> int:
     beyond = min(room, side) // 2
     place = int(share * (room + 2 * beyond + 1)) - beyond
     return min(max(place, 0), room)
-
-
-def _symmetry(pixels: torch.Tensor, one: Draw) -> torch.Tensor:
-    mirrored = pixels.flip(-1) if one.mirror else pixels
-    return torch.rot90(mirrored, one.turns, (-2, -1)) if one.turns else mirrored
 
 
 def _grid(matrices: torch.Tensor, side: int) -> torch.Tensor:

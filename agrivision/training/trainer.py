@@ -226,7 +226,7 @@ class Trainer:
         assert batch.whole is not None
         pixels = batch.pixels.part(part).to(self._device)
         tiles = batch.tiles[part]
-        images, labels = self._augment(pixels.images(), pixels.label_bits(), batch.whole.epoch, tiles)
+        images, labels = self._augment(pixels.planes, pixels.labels, batch.whole.epoch, tiles)
         self._seed(part.start)
         with autocast(self._device, self._config.training.precision), peers_may_fail():
             logits = self._network(images)

@@ -62,8 +62,8 @@ def keep_gradients(folder: Path, rank: int) -> None:
     ) -> None:
         begin(self, config, model.double(), *args, **kw)
 
-    def change_in_double(self: Normaliser, images: torch.Tensor) -> torch.Tensor:
-        return change(self, images).double()
+    def change_in_double(self: Normaliser, *args: Any) -> torch.Tensor:
+        return change(self, *args).double()
 
     Trainer.__init__, Normaliser.__call__ = begin_in_double, change_in_double
 
@@ -143,7 +143,7 @@ def test_samples_that_fill_up_a_batch_have_no_weight(dataset: Path, gradients) -
         crop=config.data.crop,
         seed=config.seed,
     )
-    images, labels = augment(pixels.images(), pixels.label_bits(), 0, tiles)
+    images, labels = augment(pixels.planes, pixels.labels, 0, tiles)
     model = load_run(run_dir, "cpu").module.train()
     weights = class_weights(reader.split.class_pixels, "sqrt", config.loss.max_class_weight)
     LabelSetLoss(weights, config.loss.dice_weight)(model(images), labels).total.mean().backward()
