@@ -4,9 +4,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.agrivision-installed
+BENCH_STAMP := $(VENV)/.agrivision-bench-installed
+BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults cluster cluster-stop check clean
+.PHONY: help install demo test test-faults cluster cluster-stop bench check clean
 
 help:  ## this list
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -39,6 +41,17 @@ cluster: $(STAMP)  ## a real Slurm on this machine, with four invented nodes; pr
 cluster-stop: $(STAMP)  ## end it, and all of its jobs
 	@$(BIN)/python -m launch.cluster stop
 
+bench: $(BENCH_STAMP)  ## every claim about speed beside its peers, in half an hour; BENCH="loading order" chooses, QUICK=1 only tries
+	@for script in $(BENCH); do \
+		echo "benchmarks.$$script"; \
+		$(BIN)/python -m benchmarks.$$script $(if $(QUICK),--quick) || exit 1; \
+	done
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "installing the peers into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@touch $@
+
 check: $(STAMP)  ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +60,4 @@ check: $(STAMP)  ## style, types and the direction of imports
 
 clean:  ## remove caches, builds and the demo's output; the virtual environment stays
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find agrivision launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find agrivision launch benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
+from agrivision import tensor_file
 from agrivision.errors import AgrivisionError, CheckpointError
 from agrivision.rundir import checkpoint_step
 from agrivision.storage import make_private, remove_tree, storage_error, sync_folder, sync_tree
@@ -85,7 +86,8 @@ def save(
 
     Args:
         folder: the run's `checkpoints` folder; it is made where missing.
-        states: by name: flat mappings of tensors and JSON values.
+        states: by name: flat mappings of tensors and JSON values; nothing may change in them before
+            this returns.
         step: optimiser steps done.
         epoch: whole epochs done.
         milestone: keep it for good.
@@ -111,12 +113,12 @@ def save(
         if beside.is_dir():  # of a killed attempt: process ids repeat, in containers most of all
             shutil.rmtree(beside)
         beside.mkdir(mode=0o700)
-        files: dict[str, bytes] = {}
-        for name, state in states.items():
-            files |= _encode(name, state)
+        files = {
+            file: _write(beside / file, pieces)
+            for name, state in states.items()
+            for file, pieces in _encode(name, state).items()
+        }
         about = {"step": step, "epoch": epoch, "milestone": milestone}
-        for name, content in files.items():
-            (beside / name).write_bytes(content)
         (beside / MANIFEST).write_bytes(_manifest(about, files))
         sync_tree(beside)
         allowed()
@@ -130,36 +132,30 @@ def save(
     return final
 
 
-def _encode(name: str, state: State) -> dict[str, bytes]:
+def _encode(name: str, state: State) -> dict[str, Iterable[bytes | memoryview]]:
     """Tensors go into NAME.safetensors, the rest into NAME.json; files without content are left out."""
-    tensors: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            tensor = value.detach().cpu().contiguous()
-            if tensor.untyped_storage().data_ptr() in storages:
-                tensor = tensor.clone()  # of tied weights, which safetensors refuses to save
-            storages.add(tensor.untyped_storage().data_ptr())
-            tensors[key] = tensor
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     values = {key: value for key, value in state.items() if key not in tensors}
-    files = {}
+    files: dict[str, Iterable[bytes | memoryview]] = {}
     if tensors:
-        files[f"{name}.safetensors"] = safetensors.torch.save(tensors)
+        files[f"{name}.safetensors"] = tensor_file.pieces(tensors)
     if values or not tensors:
-        files[f"{name}.json"] = (json.dumps(values, indent=2) + "\n").encode()
+        files[f"{name}.json"] = [(json.dumps(values, indent=2) + "\n").encode()]
     return files
 
 
-def _manifest(about: dict[str, Any], files: Mapping[str, bytes]) -> bytes:
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        **about,
-        "files": {
-            name: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-            for name, data in files.items()
-        },
-    }
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file; returns what the manifest says of it."""
+    size, checksum = 0, xxhash.xxh3_128()
+    with path.open("wb") as file:
+        for piece in pieces:
+            checksum.update(piece)
+            size += file.write(piece)
+    return {"bytes": size, "xxh3_128": checksum.hexdigest()}
+
+
+def _manifest(about: dict[str, Any], files: Mapping[str, dict[str, Any]]) -> bytes:
+    content = {"format": FORMAT, "version": VERSION, **about, "files": files}
     return (json.dumps(content | {"digest": _digest(content)}, indent=2) + "\n").encode()
 
 

@@ -131,6 +131,11 @@ def _prepare(argv: list[str]) -> ExitCode:
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first problem")
     parser.add_argument("--shard_tiles", type=int, default=128, help="tiles in a shard")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="uncompressed pixels, for fast local disks: far larger files",
+    )
     parser.add_argument("--part", type=str, default=None, help=_PART_HELP)
     args = parser.parse_args(argv)
     stop = StopRequest().listen()
@@ -154,6 +159,7 @@ def _prepare(argv: list[str]) -> ExitCode:
         assume_valid=args.assume_valid,
         strict=args.strict,
         shard_tiles=args.shard_tiles,
+        raw=args.raw,
     )
     part = None if args.part is None else Part.parse(args.part)
     source, out = Path(args.source), Path(args.out)
@@ -199,7 +205,11 @@ def _train(argv: list[str]) -> ExitCode:
     from agrivision.training.run import train
 
     return train(
-        options.config, options.run_dir, stop=stop, resume_with_changes=options.resume_with_changes
+        options.config,
+        options.run_dir,
+        stop=stop,
+        resume_with_changes=options.resume_with_changes,
+        profile=options.profile,
     )
 
 

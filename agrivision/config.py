@@ -237,7 +237,8 @@ class TrainingConfig:
         compile: let torch.compile fuse kernels; the first step then takes long (needs a C++ compiler).
         gradient_compression: type that gradients travel between ranks in; `none` is float32.
         invariant: the same bits of all weights on any number of ranks: the gradients of micro-batches,
-            which must have a size then, are added in one order. Slower.
+            which must have a size then, are added in one order. On CPUs each rank then computes with
+            one thread.
         ema_decay: decay of the moving average of the weights that is evaluated and saved beside
             them; 0 switches it off.
         max_nonfinite_steps: stop after this many steps in a row whose loss is not finite.
@@ -286,6 +287,8 @@ class TrainingConfig:
     def _check_invariant(self) -> None:
         if self.micro_batch_size is None:
             raise ConfigurationError("training.invariant needs training.micro_batch_size")
+        if not self.deterministic:
+            raise ConfigurationError("training.invariant needs training.deterministic")
         if self.sync_batchnorm:
             raise ConfigurationError(
                 "training.sync_batchnorm depends on the number of ranks: training.invariant forbids it"

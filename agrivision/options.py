@@ -44,6 +44,11 @@ def train_parser() -> jsonargparse.ArgumentParser:
         action="store_true",
         help="go on although the configuration or the data set differs from the run's",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps of this attempt into RUN_DIR/profile",
+    )
     parser.add_class_arguments(Config, nested_key=None)
     return parser
 
@@ -56,11 +61,13 @@ class TrainOptions:
         config: of the run.
         run_dir: its folder.
         resume_with_changes: go on although something differs.
+        profile: write a trace of a few steps.
     """
 
     config: Config
     run_dir: Path
     resume_with_changes: bool
+    profile: bool
 
 
 def parse_train(argv: Sequence[str]) -> TrainOptions:
@@ -73,7 +80,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
         BadInput: another argument is wrong.
     """
     arguments = list(argv)
-    own = {"--run_dir", "--resume_with_changes"}
+    own = {"--run_dir", "--resume_with_changes", "--profile"}
     _check_flags(arguments, own)
     file, run_dir = _value_of(arguments, "--config"), _value_of(arguments, "--run_dir")
     if file is None and run_dir is not None:
@@ -90,7 +97,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     except ArgumentError as error:
         raise shortened(error) from None
     fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(Config)}
-    return TrainOptions(Config(**fields), Path(built.run_dir), built.resume_with_changes)
+    return TrainOptions(Config(**fields), Path(built.run_dir), built.resume_with_changes, built.profile)
 
 
 def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:

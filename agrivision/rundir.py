@@ -54,6 +54,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def profile(self) -> Path:
+        """Folder of traces, where they were asked for."""
+        return self.path / "profile"
+
+    @property
     def metrics(self) -> Path:
         """One JSON row for each line of the log and each evaluation."""
         return self.path / "metrics.jsonl"

@@ -190,6 +190,8 @@ def freeze_train(arguments: Sequence[str]) -> tuple[JobDirectory, Path, tuple[st
     command = ["train", "--config", str(job.config), "--run_dir", str(run_dir)]
     if options.resume_with_changes:
         command.append("--resume_with_changes")
+    if options.profile:
+        command.append("--profile")
     return job, run_dir, tuple(command)
 
 

@@ -45,7 +45,7 @@ _NOT_IN_PATHS = "%\\:"
 _SUBMITIT = ("gpus_per_node", "gpus_per_task", "cpus_per_task", "mem", "partition", "account", "qos",
              "constraint", "exclude", "nodelist", "gres", "comment", "mail_user", "mail_type",
              "dependency")  # fmt: skip
-_TRAIN_FLAGS = ("config", "run_dir", "resume_with_changes", "print_config", "help", "seed")
+_TRAIN_FLAGS = ("config", "run_dir", "resume_with_changes", "profile", "print_config", "help", "seed")
 _ALONE = ("prepare", "predict")  # one process a part, which uses all cores or one GPU
 
 

@@ -172,7 +172,12 @@ class Killed(BaseException):
     pass
 
 
-MOMENTS = ["agrivision.checkpoint.sync_tree", "pathlib.Path.rename", "pathlib.Path.write_bytes"]
+MOMENTS = [
+    "agrivision.checkpoint._write",
+    "pathlib.Path.write_bytes",
+    "agrivision.checkpoint.sync_tree",
+    "pathlib.Path.rename",
+]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -364,7 +369,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     # Even one that the manifest vouches for.
     shutil.rmtree(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_encode", lambda name, _: {f"{name}.safetensors": content})
+        patch.setattr(checkpoint, "_encode", lambda name, _: {f"{name}.safetensors": [content]})
         save(tmp_path, some(1), step=1, epoch=0)
     with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
         load(folder)

@@ -7,6 +7,8 @@ that the pixel is valid: inside the field and photographed.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ VALID_BIT = 15
 MAX_CLASSES = VALID_BIT
 _VALID = np.uint16(1 << VALID_BIT)
 _LEVEL = 3  # zstd: higher levels save under 5 % on label images and cost much more time
+_local = threading.local()  # holds each thread's tools of zstd, which only one may use at a time
 
 Labels = NDArray[np.uint16]
 
@@ -36,31 +39,58 @@ def class_mask(labels: Labels, class_id: int) -> NDArray[np.bool_]:
 
 def class_pixels(labels: Labels, classes: int) -> NDArray[np.int64]:
     """Valid pixels of each class, shape (classes,); a pixel with two labels counts for both."""
-    counts = np.bincount(labels.reshape(-1)[valid_mask(labels).reshape(-1)], minlength=1 << 16)
-    present = np.flatnonzero(counts)
+    values, counts = _tally(labels.reshape(-1))
     return np.array(
-        [counts[present[(present >> class_id) & 1 == 1]].sum() for class_id in range(classes)],
-        dtype=np.int64,
+        [counts[class_mask(values, class_id)].sum() for class_id in range(classes)], dtype=np.int64
     )
+
+
+def _tally(labels: Labels) -> tuple[Labels, NDArray[np.int64]]:
+    """Which values there are and how often, shapes (n,); one may come more than once."""
+    ends = np.flatnonzero(labels[1:] != labels[:-1])  # of runs of the same value
+    if len(ends) > labels.size // 8:  # noise: runs save nothing
+        counts = np.bincount(labels)
+        values = np.flatnonzero(counts)
+        return values.astype(np.uint16), counts[values]
+    ends = np.append(ends, labels.size - 1)
+    return labels[ends], np.diff(ends, prepend=-1)
 
 
 def compress(labels: Labels) -> bytes:
     """The content of a `.labels.zst` file: rows of little-endian uint16, compressed with zstd."""
-    raw = np.ascontiguousarray(labels, dtype="<u2").tobytes()
-    return zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(raw)
+    return _compressor().compress(np.ascontiguousarray(labels, dtype="<u2").data)
 
 
 def decompress_into(content: bytes | memoryview, out: Labels) -> None:
     """Fill `out`, a C-contiguous (height, width) uint16 array, from a `.labels.zst` file's content.
+
+    Where an error is raised, `out` may be filled in part.
 
     Raises:
         DatasetError: it is not a zstd frame of exactly that many bytes.
     """
     try:
         size = zstandard.frame_content_size(content)
-        if size != out.nbytes:  # checked before anything is allocated
+        if size != out.nbytes:  # checked before anything is written
             raise DatasetError(f"labels of {size} bytes where {out.nbytes} belong")
-        raw = zstandard.ZstdDecompressor().decompress(content, max_output_size=out.nbytes)
+        # Room for all at once lets zstd write there directly, without a window of its own.
+        with _decompressor().stream_reader(content) as reader:
+            count = reader.readinto(out.data)
     except zstandard.ZstdError as error:
         raise DatasetError(f"labels cannot be decompressed ({error})") from None
-    out[...] = np.frombuffer(raw, dtype="<u2").reshape(out.shape)
+    if count != size:
+        raise DatasetError(f"labels end after {count} of {size} bytes")
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
+    compressor: zstandard.ZstdCompressor = _local.compressor
+    return compressor
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor()
+    decompressor: zstandard.ZstdDecompressor = _local.decompressor
+    return decompressor

@@ -1,11 +1,15 @@
 """The image files of a record: their bytes → pixels and back.
 
-JPEG files come from the source as they are; scenes are stored as small GeoTIFFs. Sizes are read from
-the headers first, so that a damaged or hostile file cannot ask for more memory than a tile takes.
+JPEG files come from the source as they are; scenes are stored as small GeoTIFFs, lossless. Sizes are
+read from the headers first, so that a damaged or hostile file cannot ask for more memory than a tile
+takes. A raw file is nothing but pixels, (height, width, bands), little-endian; where the tile lies then
+stands in a small JSON file beside it, a part without bands.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from functools import cache
 from types import ModuleType
@@ -19,7 +23,8 @@ from agrivision.data.schema import Part
 from agrivision.data.tile import Coordinates, Image
 from agrivision.errors import DatasetError
 
-JPEG, TIFF = "jpg", "tif"
+JPEG, TIFF, RAW, JSON = "jpg", "tif", "raw", "json"
+RAW_IMAGE, PLACE = f"image.{RAW}", f"place.{JSON}"  # extensions of a raw record
 _JPEG_COLOURS = {1: "GRAY", 3: "RGB"}
 _HORIZONTAL_DIFFERENCES, _FLOATING_POINT = 2, 3  # the predictors of TIFF
 
@@ -46,17 +51,48 @@ def decode_part(
         out = np.empty((size, size, part.bands), dtype)
     elif out.shape != (size, size, part.bands) or out.dtype != dtype or not out.flags.c_contiguous:
         raise ValueError(f"cannot decode {part} into {out.dtype} {out.shape}")
-    kind = part.extension.rpartition(".")[2]
+    kind = kind_of(part)
     try:
         if kind == JPEG:
             decode_jpeg(content, out)
         elif kind == TIFF:
             _decode_tiff(content, out)
+        elif kind == RAW:
+            _copy_raw(content, out)
+        elif kind == JSON:
+            decode_place(content)
         else:
             raise DatasetError(f"image files of type {kind!r} are not known")
     except DatasetError as error:
         raise DatasetError(f"{part.extension}: {error}") from None
     return out
+
+
+def kind_of(part: Part) -> str:
+    """What follows the last dot of the extension: one of JPEG, TIFF, RAW and JSON, if it is known."""
+    return part.extension.rpartition(".")[2]
+
+
+def is_raw(part: Part) -> bool:
+    """Whether the file is the pixels as they are in memory."""
+    return kind_of(part) == RAW
+
+
+def _copy_raw(content: bytes | memoryview, out: NDArray[Any]) -> None:
+    if len(content) != out.nbytes:
+        raise DatasetError(f"{len(content)} bytes where {out.nbytes} belong")
+    pixels = np.frombuffer(content, out.dtype).reshape(out.shape)
+    if not np.may_share_memory(pixels, out):  # else it was read to where it belongs
+        out[...] = pixels
+
+
+def encode_raw(image: Image) -> bytes:
+    """A tile's pixels as a raw file.
+
+    Args:
+        image: shape (bands, height, width).
+    """
+    return np.asarray(image.transpose(1, 2, 0), image.dtype.newbyteorder("<")).tobytes()
 
 
 def jpeg_shape(content: bytes | memoryview) -> tuple[int, int, int]:
@@ -87,8 +123,28 @@ def decode_jpeg(content: bytes | memoryview, out: NDArray[np.uint8]) -> None:
     shape = jpeg_shape(content)
     if shape != out.shape:
         raise DatasetError(f"{describe(shape)} where {describe(out.shape)} belong")
+    _decode_strictly(content, _JPEG_COLOURS[shape[2]], out)
+
+
+def decode_jpeg_for_four(content: bytes | memoryview, out: NDArray[np.uint8]) -> None:
+    """Decode a JPEG of three bands strictly, each pixel beside room for a fourth band.
+
+    Args:
+        content: the file.
+        out: C-contiguous, shape (height, width, 4), uint8; the fourth band may hold anything then.
+
+    Raises:
+        DatasetError: it is damaged or has another shape.
+    """
+    shape, wanted = jpeg_shape(content), (*out.shape[:2], 3)
+    if shape != wanted:
+        raise DatasetError(f"{describe(shape)} where {describe(wanted)} belong")
+    _decode_strictly(content, "RGBX", out)
+
+
+def _decode_strictly(content: bytes | memoryview, colours: str, out: NDArray[np.uint8]) -> None:
     try:
-        simplejpeg.decode_jpeg(content, _JPEG_COLOURS[shape[2]], buffer=out, strict=True)
+        simplejpeg.decode_jpeg(content, colours, buffer=out, strict=True)
     except ValueError as error:
         raise DatasetError(f"not a whole JPEG ({error})") from None
 
@@ -160,6 +216,27 @@ def tiff_coordinates(content: bytes | memoryview) -> Coordinates | None:
             return coordinates_of(dataset)
     except rasterio.errors.RasterioError as error:
         raise DatasetError(f"not a whole TIFF ({_reason(error)})") from None
+
+
+def encode_place(coordinates: Coordinates | None) -> bytes:
+    """Where a tile lies as JSON: crs (WKT) and transform (six numbers), or null where unknown."""
+    return json.dumps(dataclasses.asdict(coordinates) if coordinates else None).encode()
+
+
+def decode_place(content: bytes | memoryview) -> Coordinates | None:
+    """What `encode_place` wrote.
+
+    Raises:
+        DatasetError: it is something else.
+    """
+    try:
+        place = json.loads(bytes(content))
+        if place is None:
+            return None
+        a, b, c, d, e, f = map(float, place["transform"])
+        return Coordinates(crs=str(place["crs"]), transform=(a, b, c, d, e, f))
+    except (ValueError, TypeError, KeyError):
+        raise DatasetError("not the coordinates of a tile") from None
 
 
 def coordinates_of(dataset: Any) -> Coordinates | None:

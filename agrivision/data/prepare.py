@@ -17,6 +17,7 @@ from pathlib import Path
 
 from agrivision.data.finished import is_made_of
 from agrivision.data.pool import run_jobs
+from agrivision.data.raw import uncompressed
 from agrivision.data.schema import Schema, Split
 from agrivision.data.shard_job import Job, Made, ShardMaker, plan_digest
 from agrivision.data.sharing import Common, Sharing, shared
@@ -58,6 +59,7 @@ class PrepareOptions:
         assume_valid: take all pixels as valid where boundaries or masks are missing as a whole.
         strict: stop at the first problem instead of leaving the tile out.
         shard_tiles: tiles in a shard.
+        raw: store the pixels uncompressed instead of the source's JPEGs or GeoTIFFs.
     """
 
     workers: int | None = None
@@ -72,6 +74,7 @@ class PrepareOptions:
     assume_valid: bool = False
     strict: bool = False
     shard_tiles: int = 128
+    raw: bool = False
 
     def __post_init__(self) -> None:
         for name in ("workers", "tile", "stride", "shard_tiles"):
@@ -382,7 +385,7 @@ def open_source(path: Path, options: PrepareOptions) -> Source:
             f"{path} is no source: neither {images} (also under train, val or test), nor scenes and"
             " labels, nor a .csv table with the columns scene and label"
         )
-    return source
+    return uncompressed(source) if options.raw else source
 
 
 def _look(path: Path, options: PrepareOptions) -> Source | None:

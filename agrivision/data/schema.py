@@ -24,7 +24,7 @@ class Part:
 
     Attributes:
         extension: what follows the key in the tar member's name, for example `rgb.jpg`.
-        bands: how many bands it holds, in order.
+        bands: how many bands it holds, in order; none in a file that says where the tile lies.
     """
 
     extension: str

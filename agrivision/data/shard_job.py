@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import xxhash
 from agrivision import __version__
 from agrivision.data.schema import ShardInfo
 from agrivision.data.shards import Record, write_shard
-from agrivision.data.sources.source import Flaw, Problem, Reference, TileReader
+from agrivision.data.sources.source import Flaw, Problem, Read, Reference, TileReader
 from agrivision.data.statistics import Sums, add_up
 from agrivision.data.workplace import Workplace
 from agrivision.errors import SourceError
@@ -113,11 +113,12 @@ def make_shard(maker: ShardMaker, job: Job) -> Made:
 
 
 def _make(maker: ShardMaker, job: Job) -> Made:
-    records: list[Record] = []
     sums: list[Sums] = []
     problems: list[Problem] = []
     blank = 0
-    with maker.reader.reading() as read:
+
+    def records(read: Read) -> Iterator[Record]:
+        nonlocal blank
         for reference in job.references:
             try:
                 tile = read(reference)
@@ -129,11 +130,14 @@ def _make(maker: ShardMaker, job: Job) -> Made:
             if tile is None:
                 blank += 1
                 continue
-            records.append(tile.record(maker.classes))
-            sums.append(Sums.of(tile.image, tile.labels, records[-1].pixels))
-    folder = maker.workplace.split(job.split)
+            record = tile.record(maker.classes)
+            sums.append(Sums.of(tile.image, tile.labels, record.pixels))
+            yield record
+
+    with maker.reader.reading() as read:
+        info = write_shard(maker.workplace.split(job.split), job.name, records(read))
     return Made(
-        info=write_shard(folder, job.name, records) if records else None,
+        info=info,
         sums=add_up(sums, bands=maker.bands, classes=maker.classes),
         blank=blank,
         problems=tuple(problems),

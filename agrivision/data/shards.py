@@ -1,37 +1,48 @@
 """The shard format: a plain tar file in the WebDataset convention, and an index beside it.
 
-`SPLIT/00000.tar` holds for each tile its image files and `KEY.labels.zst`, one after the other.
+`SPLIT/00000.tar` holds for each tile its image files and `KEY.labels.zst`, one after the other; the
+image files are the source's, or `KEY.image.raw`, the pixels as they are in memory.
 `SPLIT/00000.index.npy` is a structured numpy array, one row a tile: key, field, where its files
 begin and how long they are, an XXH3-64 checksum over their bytes, and the tile's valid pixels by
 class. Any tile is one `pread` away, and every read compares the checksum.
 
-Records are read with `pread` rather than through a memory map: the copy costs little beside decoding,
+Records are read with `preadv` rather than through a memory map: the copy costs little beside decoding,
 and a file that is truncated while it is read gives an error instead of killing the process (SIGBUS).
+Uncompressed pixels are read straight to where they are wanted, all else into memory that a thread uses
+again and again: fresh memory costs a page fault every 4 KiB.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import resource
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from agrivision.data.pages import paged
 from agrivision.data.schema import Schema, ShardInfo
 from agrivision.errors import DatasetError
 from agrivision.storage import replacing
 
 LABELS = "labels.zst"
 _BLOCK = tarfile.BLOCKSIZE
-_OPEN_FILES = 64  # a limit of 1,024 descriptors a process is common on clusters
+_INDEX_BYTES = 32 << 20  # of the indexes that a reader keeps; a shard of 128 tiles takes some 25 kB
+_MOST_OPEN = 256  # shards that a reader keeps open, where the process may open that many
+
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,43 +62,57 @@ class Record:
     pixels: Sequence[int]
 
 
-def write_shard(folder: Path, name: str, records: Sequence[Record]) -> ShardInfo:
+def write_shard(folder: Path, name: str, records: Iterable[Record]) -> ShardInfo | None:
     """Write `NAME.tar` and `NAME.index.npy`; the same records always give the same bytes.
+
+    Records are written as they come, and not kept.
 
     Args:
         folder: the split's folder; it exists.
         name: file name without suffix.
-        records: in order, at least one, all with the same extensions and number of classes.
+        records: in order, all with the same extensions and number of classes.
+
+    Returns:
+        What dataset.json holds of it; None, and no file, where there is no record.
 
     Raises:
         StorageError, NotWritable: the disk refused.
     """
-    offsets: list[list[int]] = []
+    coming = iter(records)
+    first = next(coming, None)
+    if first is None:
+        return None
+    rows: list[tuple[Any, ...]] = []
     tar_path = folder / f"{name}.tar"
     with replacing(tar_path) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for record in records:
-                offsets.append([])
-                for extension, content in record.files.items():
-                    member = tarfile.TarInfo(f"{record.key}.{extension}")  # mtime, uid, gid: 0
-                    member.size = len(content)
-                    offsets[-1].append(tar.offset + _BLOCK)
-                    tar.addfile(member, io.BytesIO(content))
-        size = file.tell()
-    index = np.array(
-        [_row(record, starts) for record, starts in zip(records, offsets, strict=True)],
-        dtype=_index_type(records),
-    )
+        for record in chain([first], coming):
+            offsets = []
+            for extension, content in record.files.items():
+                offsets.append(file.tell() + _BLOCK)
+                _write_member(file, f"{record.key}.{extension}", content)
+            rows.append(_row(record, offsets))
+        size = -(-(file.tell() + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        file.write(bytes(size - file.tell()))  # at least two empty blocks end a tar file
+    index = np.array(rows, dtype=_index_type(rows))
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     with replacing(folder / f"{name}.index.npy") as file:
         file.write(buffer.getbuffer())
     return ShardInfo(
         name=name,
-        tiles=len(records),
+        tiles=len(rows),
         bytes=size,
         index=xxhash.xxh3_128_hexdigest(buffer.getbuffer()),
     )
+
+
+def _write_member(file: IO[bytes], name: str, content: bytes) -> None:
+    """As TarFile would, without its copies."""
+    member = tarfile.TarInfo(name)  # mtime, uid, gid: 0
+    member.size = len(content)
+    file.write(member.tobuf(tarfile.USTAR_FORMAT))
+    file.write(content)
+    file.write(bytes(-len(content) % _BLOCK))
 
 
 def _row(record: Record, starts: list[int]) -> tuple[Any, ...]:
@@ -99,18 +124,44 @@ def _row(record: Record, starts: list[int]) -> tuple[Any, ...]:
     return key, field, checksum.intdigest(), starts, sizes, record.pixels
 
 
-def _index_type(records: Sequence[Record]) -> np.dtype[np.void]:
-    files, classes = len(records[0].files), len(records[0].pixels)
+def _index_type(rows: Sequence[tuple[Any, ...]]) -> np.dtype[np.void]:
+    keys, fields, _, offsets, _, pixels = zip(*rows, strict=True)
+    files, classes = len(offsets[0]), len(pixels[0])
     return np.dtype(
         [
-            ("key", f"S{max(len(record.key.encode()) for record in records)}"),
-            ("field", f"S{max(len(record.field.encode()) for record in records) or 1}"),
+            ("key", f"S{max(map(len, keys))}"),
+            ("field", f"S{max(map(len, fields)) or 1}"),
             ("checksum", "<u8"),
             ("offsets", "<u8", (files,)),
             ("sizes", "<u4", (files,)),
             ("pixels", "<u4", (classes,)),
         ]
     )
+
+
+class Scratch:
+    """Memory for one thread's reads: what a read left there holds until the next."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(b"")
+
+    def take(self, size: int) -> memoryview:
+        """So many bytes, whatever they hold."""
+        if size > len(self._memory):
+            self._memory = paged(size + size // 4).data
+        return self._memory[:size]
+
+
+class _Opened(NamedTuple):
+    """A tar file; its descriptor is closed with the last reference.
+
+    Attributes:
+        path: of the file.
+        file: unbuffered, only for its descriptor.
+    """
+
+    path: Path
+    file: IO[bytes]
 
 
 class Shard:
@@ -121,29 +172,46 @@ class Shard:
         info: the shard's entry in dataset.json.
         files: number of files of each record.
 
+    Attributes:
+        path: of the tar file.
+        index: a row for each tile; see the module.
+
     Raises:
         DatasetError: a file is missing, or not as long or not the one that dataset.json knows.
     """
 
     def __init__(self, folder: Path, info: ShardInfo, files: int) -> None:
-        self.path = folder / f"{info.name}.tar"
-        index_path = folder / f"{info.name}.index.npy"
-        self.index = _read_index(index_path, info, files)
-        try:
-            # Unbuffered, only for its descriptor, which is closed with the last reference.
-            self._file = self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise DatasetError(f"cannot open {self.path}: {error.strerror}") from None
-        size = os.fstat(self._file.fileno()).st_size
-        if size != info.bytes:
-            raise DatasetError(f"{self.path} has {size} bytes instead of {info.bytes}: copy it again")
+        self.index = _read_index(folder, info, files)
+        self.path, self._file = _open(folder, info)
+
+    @classmethod
+    def of(cls, index: NDArray[np.void], opened: _Opened) -> Shard:
+        """A shard whose files were read and opened before."""
+        shard = cls.__new__(cls)
+        shard.index, (shard.path, shard._file) = index, opened
+        return shard
 
     def key(self, row: int) -> str:
         """Key of the tile in this row."""
         return bytes(self.index["key"][row]).decode()
 
-    def read(self, row: int) -> list[memoryview]:
-        """The files of one tile, image files first and labels last.
+    def announce(self, row: int) -> None:
+        """Let the disk begin to read a tile that is wanted soon; `read` tells what is wrong with it."""
+        entry = self.index[row]
+        start, end = int(entry["offsets"][0]), int(entry["offsets"][-1] + entry["sizes"][-1])
+        with suppress(OSError):
+            os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def read(
+        self, row: int, into: Sequence[memoryview | None] = (), scratch: Scratch | None = None
+    ) -> list[memoryview]:
+        """The files of one tile, image files first and labels last, checksum compared.
+
+        Args:
+            row: of the tile.
+            into: where files are wanted, in their order and as bytes; None or nothing for anywhere,
+                which is also where a file of another size goes.
+            scratch: for files that are wanted anywhere; fresh memory if absent.
 
         Raises:
             DatasetError: the file cannot be read, ends early or the checksum differs; the line names
@@ -151,19 +219,15 @@ class Shard:
         """
         entry = self.index[row]
         offsets, sizes = entry["offsets"].tolist(), entry["sizes"].tolist()
-        start, end = offsets[0], offsets[-1] + sizes[-1]
+        pieces, files = _room(offsets, sizes, into, scratch or Scratch())
         try:
-            content = memoryview(os.pread(self._file.fileno(), end - start, start))
+            count = os.preadv(self._file.fileno(), pieces, offsets[0])
         except OSError as error:  # a bad disk, a file that went away on its server
             raise DatasetError(
                 f"cannot read tile {self.key(row)} in {self.path}: {error.strerror}"
             ) from None
-        if len(content) != end - start:
+        if count != offsets[-1] + sizes[-1] - offsets[0]:
             raise DatasetError(f"{self.path} ends inside of tile {self.key(row)}: copy it again")
-        files = [
-            content[offset - start : offset - start + size]
-            for offset, size in zip(offsets, sizes, strict=True)
-        ]
         checksum = xxhash.xxh3_64()
         for file in files:
             checksum.update(file)
@@ -174,7 +238,45 @@ class Shard:
         return files
 
 
-def _read_index(path: Path, info: ShardInfo, files: int) -> NDArray[np.void]:
+def _room(
+    offsets: Sequence[int], sizes: Sequence[int], into: Sequence[memoryview | None], scratch: Scratch
+) -> tuple[list[memoryview], list[memoryview]]:
+    """Memory for the bytes from the first file to the last one's end, and the files in it."""
+    wanted = [*into, *[None] * (len(sizes) - len(into))]
+    places = [
+        place if place is not None and len(place) == size else None
+        for place, size in zip(wanted, sizes, strict=True)
+    ]
+    given = sum(len(place) for place in places if place is not None)
+    rest = scratch.take(offsets[-1] + sizes[-1] - offsets[0] - given)
+    pieces, files = [], []
+    position, used = offsets[0], 0
+    for offset, size, place in zip(offsets, sizes, places, strict=True):
+        gap = offset - position  # the tar header, and what fills up the block before it
+        taken = gap if place is not None else gap + size
+        pieces.append(rest[used : used + taken])
+        used += taken
+        if place is not None:
+            pieces.append(place)
+        files.append(place if place is not None else pieces[-1][gap:])
+        position = offset + size
+    return pieces, files
+
+
+def _open(folder: Path, info: ShardInfo) -> _Opened:
+    path = folder / f"{info.name}.tar"
+    try:
+        file = path.open("rb", buffering=0)
+    except OSError as error:
+        raise DatasetError(f"cannot open {path}: {error.strerror}") from None
+    size = os.fstat(file.fileno()).st_size
+    if size != info.bytes:
+        raise DatasetError(f"{path} has {size} bytes instead of {info.bytes}: copy it again")
+    return _Opened(path, file)
+
+
+def _read_index(folder: Path, info: ShardInfo, files: int) -> NDArray[np.void]:
+    path = folder / f"{info.name}.index.npy"
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -187,8 +289,53 @@ def _read_index(path: Path, info: ShardInfo, files: int) -> NDArray[np.void]:
     return index
 
 
+class _Recent(Generic[_V]):
+    """What was used last, by number; loading happens beside the lock, so that no thread waits for it.
+
+    Args:
+        room: how much is kept; the latest is kept whatever its size.
+        size: of a value, in the unit of `room`.
+    """
+
+    def __init__(self, room: int, size: Callable[[_V], int]) -> None:
+        self._room, self._size = room, size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, _V] = OrderedDict()
+        self._used = 0
+
+    def get(self, number: int, load: Callable[[], _V]) -> _V:
+        """The value of a number, loaded where it is not kept."""
+        with self._lock:
+            if number in self._kept:
+                self._kept.move_to_end(number)
+                return self._kept[number]
+        value = load()  # two threads may load the same at once; one of the values is thrown away
+        dropped: list[_V] = []  # and freed after the lock
+        with self._lock:
+            if number not in self._kept:
+                self._kept[number] = value
+                self._used += self._size(value)
+            while self._used > self._room and len(self._kept) > 1:
+                dropped.append(self._kept.popitem(last=False)[1])
+                self._used -= self._size(dropped[-1])
+        return value
+
+
+def _most_open() -> int:
+    """How many shards a reader keeps open.
+
+    A run reads two splits, each from two places where it is staged, and needs descriptors for more than
+    shards; a limit of 1,024 a process is common on clusters.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(limit // 8, _MOST_OPEN))
+
+
 class SplitReader:
     """All tiles of a split by number, 0 … len - 1; shards are opened when first needed.
+
+    Indexes and descriptors are kept while there is room, those used last; a split may have any number
+    of shards. Safe to read from several threads.
 
     Args:
         folder: the data set's folder.
@@ -203,8 +350,8 @@ class SplitReader:
         self.schema, self.name = schema, name
         self.split = schema.split(name)
         self._folder = folder / name
-        self._lock = threading.Lock()
-        self._open: dict[int, Shard] = {}
+        self._indexes = _Recent[NDArray[np.void]](_INDEX_BYTES, lambda index: index.nbytes)
+        self._opened = _Recent[_Opened](_most_open(), lambda _: 1)
 
     def __len__(self) -> int:
         return self.split.tiles
@@ -224,30 +371,38 @@ class SplitReader:
         return self._shard(number), tile - int(self._ends[number]) + info.tiles
 
     def _shard(self, number: int) -> Shard:
-        with self._lock:
-            shard = self._open.pop(number, None)
-            if shard is None:
-                files = len(self.schema.parts) + 1
-                shard = Shard(self._folder, self.split.shards[number], files)
-                if len(self._open) >= _OPEN_FILES:
-                    # The least recently used; a thread that still reads it keeps it open.
-                    del self._open[next(iter(self._open))]
-            self._open[number] = shard
-            return shard
+        info, files = self.split.shards[number], len(self.schema.parts) + 1
+        index = self._indexes.get(number, lambda: _read_index(self._folder, info, files))
+        # A descriptor that is dropped stays open while a thread still reads from it.
+        return Shard.of(index, self._opened.get(number, lambda: _open(self._folder, info)))
 
     def key(self, tile: int) -> str:
         """Key of a tile."""
         shard, row = self.locate(tile)
         return shard.key(row)
 
-    def read(self, tile: int) -> list[memoryview]:
+    def read(
+        self, tile: int, into: Sequence[memoryview | None] = (), scratch: Scratch | None = None
+    ) -> list[memoryview]:
         """The files of a tile, image files first and labels last, checksum compared.
+
+        Args:
+            tile: its number.
+            into: where files are wanted; see `Shard.read`.
+            scratch: for the others.
 
         Raises:
             DatasetError: the record is damaged or the shard cannot be read.
         """
         shard, row = self.locate(tile)
-        return shard.read(row)
+        return shard.read(row, into, scratch)
+
+    def announce(self, tiles: Iterable[int]) -> None:
+        """Let the disk begin to read tiles that are wanted soon."""
+        with suppress(DatasetError):  # told by `read`
+            for tile in tiles:
+                shard, row = self.locate(tile)
+                shard.announce(row)
 
     def shards(self) -> Iterator[Shard]:
         """Every shard in order.

@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from agrivision.data.schema import FILE_NAME, Schema, ShardInfo
-from agrivision.data.shards import Shard, SplitReader
+from agrivision.data.shards import Scratch, Shard, SplitReader
 from agrivision.errors import (
     AgrivisionError,
     ConfigurationError,
@@ -75,20 +75,27 @@ class StagedSplit(SplitReader):
         self._shared = SplitReader(shared, schema, name)
         self._given_up: set[str] = set()
 
-    def read(self, tile: int) -> list[memoryview]:
+    def read(
+        self, tile: int, into: Sequence[memoryview | None] = (), scratch: Scratch | None = None
+    ) -> list[memoryview]:
         """The files of a tile, image files first and labels last, checksum compared.
+
+        Args:
+            tile: its number.
+            into: where files are wanted; see `Shard.read`.
+            scratch: for the others.
 
         Raises:
             DatasetError: the record is damaged, or cannot be read, in the shared copy too.
         """
         shard, row = self.locate(tile)
         try:
-            return shard.read(row)
+            return shard.read(row, into, scratch)
         except DatasetError as error:
             if shard.path.parent != self._folder:
                 raise
             self._give_up(shard.path.stem, error)
-        return self._shared.read(tile)
+        return self._shared.read(tile, into, scratch)
 
     def _shard(self, number: int) -> Shard:
         name = self.split.shards[number].name

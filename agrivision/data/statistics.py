@@ -7,18 +7,20 @@ floating-point pixels are exact over the tiles' sums, which are computed in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as Pillow
 
 from agrivision.data.labels import Labels, valid_mask
 from agrivision.data.schema import BandStatistics
 from agrivision.data.tile import Image
 
+_GREY = np.arange(256)
 _HALF = 16  # bits: products of two halves of a 32-bit number can be added up in 64 bits
 
 
@@ -84,11 +86,10 @@ class Sums:
         """
         valid = valid_mask(labels)
         pixels = int(np.count_nonzero(valid))
-        everywhere = pixels == valid.size
         return cls(
             tiles=1,
             pixels=pixels,
-            bands=tuple(_band(band.reshape(-1) if everywhere else band[valid]) for band in image),
+            bands=tuple(_bands(image, valid, pixels)),
             class_pixels=tuple(class_pixels),
             class_tiles=tuple(int(count > 0) for count in class_pixels),
         )
@@ -160,23 +161,49 @@ def _add(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
+def _bands(image: Image, valid: NDArray[np.bool_], pixels: int) -> Iterator[BandSums]:
+    if image.dtype == np.uint8:
+        return map(_sums_by_counting, _count(image, valid))
+    everywhere = pixels == valid.size
+    return (_band(band.reshape(-1) if everywhere else band[valid]) for band in image)
+
+
+def _count(image: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How often each value is there in the valid pixels of each band, shape (bands, 256).
+
+    Four bands whose values lie beside one another, pixel by pixel, are counted in one go.
+    """
+    beside = image.transpose(1, 2, 0)
+    four = len(image) == 4 and beside.flags.c_contiguous
+    planes = [_pillow(beside, "RGBA")] if four else [_pillow(band, "L") for band in image]
+    where = _pillow(valid.view(np.uint8), "L")
+    return np.array([plane.histogram(where) for plane in planes]).reshape(len(image), 256)
+
+
+def _pillow(pixels: NDArray[np.uint8], mode: str) -> Pillow.Image:
+    """The same memory, where it lies in one piece, as an image whose values Pillow can count."""
+    size = pixels.shape[1], pixels.shape[0]
+    return Pillow.frombuffer(mode, size, np.ascontiguousarray(pixels), "raw", mode, 0, 1)
+
+
+def _sums_by_counting(counts: NDArray[np.int64]) -> BandSums:
+    present = np.flatnonzero(counts)
+    if present.size == 0:
+        return BandSums()
+    total, squares = counts @ _GREY, counts @ _GREY**2
+    least, most = float(present[0]), float(present[-1])
+    return BandSums(Fraction(int(total)), Fraction(int(squares)), least, most)
+
+
 def _band(values: NDArray[Any]) -> BandSums:
     if values.size == 0:
         return BandSums()
     if np.issubdtype(values.dtype, np.floating):
         wide = values.astype(np.float64)
         total, squares = Fraction(float(wide.sum())), Fraction(float(np.square(wide).sum()))
-    elif values.dtype == np.uint8:
-        total, squares = _sums_by_counting(values)
     else:
         total, squares = _sums_by_halves(values)
     return BandSums(total, squares, float(values.min()), float(values.max()))
-
-
-def _sums_by_counting(values: NDArray[np.uint8]) -> tuple[Fraction, Fraction]:
-    counts = np.bincount(values, minlength=256)
-    grey = np.arange(256)
-    return Fraction(int(counts @ grey)), Fraction(int(counts @ grey**2))
 
 
 def _sums_by_halves(values: NDArray[Any]) -> tuple[Fraction, Fraction]:

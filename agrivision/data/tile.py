@@ -15,7 +15,7 @@ from agrivision.data.shards import LABELS, Record
 
 Image = NDArray[Any]  # (bands, height, width), of the source's own type
 
-# `KEY.labels.zst` must fit into the 100 bytes of a tar header.
+# `KEY.labels.zst` must fit into the 100 bytes of a tar header, and so does `KEY.place.json`.
 MAX_KEY = 100 - len(f".{LABELS}")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")

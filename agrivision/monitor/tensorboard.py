@@ -120,12 +120,13 @@ class TensorBoard:
 
     def flush(self) -> None:
         """Bring everything onto the disk; call it before a checkpoint that counts on these steps."""
-        if self._file is None:
+        file = self._file
+        if file is None:
             return
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
+            file.flush()
+            os.fsync(file.fileno())
+        except (OSError, ValueError) as error:
             self._give_up(error)
 
     def close(self) -> None:
@@ -145,15 +146,18 @@ class TensorBoard:
 
     def _add(self, event: Any) -> None:
         """Append one event and hand it to the operating system, so that a kill does not lose it."""
-        if self._file is None:
+        file = self._file  # what a checkpoint counts on is flushed by another thread, which may fail
+        if file is None:
             return
         try:
-            RecordWriter(self._file).write(event.SerializeToString())
-            self._file.flush()
-        except OSError as error:
+            RecordWriter(file).write(event.SerializeToString())
+            file.flush()
+        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
             self._give_up(error)
 
-    def _give_up(self, error: OSError | AgrivisionError) -> None:
+    def _give_up(self, error: OSError | ValueError | AgrivisionError) -> None:
+        if self._failed:
+            return
         self._failed = True
         self._close_file()
         said = storage_error(self._folder, error) if isinstance(error, OSError) else error

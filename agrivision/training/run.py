@@ -16,9 +16,9 @@ import torch
 import yaml
 from torch import nn
 
-from agrivision import checkpoint
 from agrivision.config import Config
 from agrivision.data.augment import Augment, Normaliser
+from agrivision.data.jpeg_pixels import check_decoder
 from agrivision.data.loader import TrainLoader
 from agrivision.data.order import Order
 from agrivision.data.schema import Schema
@@ -38,15 +38,17 @@ from agrivision.inference.trained import Description
 from agrivision.model.build import build_model
 from agrivision.model.losses import LabelSetLoss, class_weights
 from agrivision.monitor.log import configure_log
-from agrivision.rundir import RunDirectory, best_step
+from agrivision.rundir import RunDirectory
 from agrivision.storage import make_private, write_atomically
 from agrivision.training import provenance
 from agrivision.training.preemption import StopRequest
+from agrivision.training.profiling import profiled
 from agrivision.training.record import Record
+from agrivision.training.saver import Saver, SaveWatch
 from agrivision.training.showcase import draw_panels
 from agrivision.training.start import find_start, held
 from agrivision.training.tally import Look
-from agrivision.training.trainer import Progress, SaveClock, Step, Trainer
+from agrivision.training.trainer import Progress, Step, Trainer
 from agrivision.world import World
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def train(
     world: World | None = None,
     stop: StopRequest | None = None,
     resume_with_changes: bool = False,
+    profile: bool = False,
 ) -> ExitCode:
     """Train, from the beginning or from the latest checkpoint in the run directory.
 
@@ -68,6 +71,7 @@ def train(
         world: this process among the ranks; None reads the environment.
         stop: asks the run to stop; None for never.
         resume_with_changes: go on although the configuration or the data set differs.
+        profile: write a trace of a few steps.
 
     Returns:
         DONE when all steps are done and scored, STOPPED after a stop was asked for and saved.
@@ -99,6 +103,7 @@ def train(
                 device=device,
                 stop=stop,
                 still_ours=still_ours,
+                profile=profile,
             )
             return _train(setting, resume_with_changes=resume_with_changes)
     except AgrivisionError as error:
@@ -114,7 +119,10 @@ def _prepare_kernels(config: Config, world: World) -> None:
     # Else every new tensor is filled with NaN first: a sixth of a step, and nothing here reads it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.training.deterministic
-    if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if config.training.invariant:
+        # Kernels cut their sums among the threads: on two they give other bits than on one.
+        torch.set_num_threads(1)
+    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // world.local_size))
 
@@ -137,6 +145,7 @@ class _Setting:
     device: torch.device
     stop: StopRequest
     still_ours: Callable[[], None]
+    profile: bool
 
 
 def _train(setting: _Setting, *, resume_with_changes: bool) -> ExitCode:
@@ -146,11 +155,12 @@ def _train(setting: _Setting, *, resume_with_changes: bool) -> ExitCode:
     )
     loader = TrainLoader(
         data.train,
-        Order(size=len(data.train), batch_size=config.data.batch_size, seed=config.seed),
+        _order(config, len(data.train)),
         ranks.world,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         pinned=setting.device.type == "cuda",
+        decoder=config.data.decoder,
     )
     with loader:
         trainer = _build_trainer(setting, loader, fresh=loaded is None)
@@ -169,6 +179,18 @@ def _train(setting: _Setting, *, resume_with_changes: bool) -> ExitCode:
         )
         with record:
             return _Run(setting, loader, trainer, record).go()
+
+
+def _order(config: Config, tiles: int) -> Order:
+    # In the invariant mode a micro-batch is one rank's as a whole, whatever the number of ranks.
+    micro = config.training.micro_batch_size if config.training.invariant else None
+    return Order(
+        size=tiles,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        unit=micro or 1,
+    )
 
 
 def _open_data(config: Config) -> _Data:
@@ -221,6 +243,8 @@ def _check_fit(config: Config, data: _Data, world: World) -> None:
             f"data.batch_size is {config.data.batch_size}: with training.sync_batchnorm the"
             f" {world.size} ranks must have equal shares"
         )
+    if config.data.decoder == "gpu":
+        check_decoder(data.schema, pick_device(world))
     _try_shapes(config, data, world)
 
 
@@ -242,6 +266,8 @@ def _try_shapes(config: Config, data: _Data, world: World) -> None:
 def _fewest_samples(config: Config, world: World) -> int:
     """The fewest samples that ever go through the network at once."""
     size, micro = config.data.batch_size, config.training.micro_batch_size
+    if config.training.invariant and micro is not None:
+        return size % micro or micro
     shares = (size // world.size, -(-size // world.size))
     return min(part if micro is None or micro >= part else part % micro or micro for part in shares)
 
@@ -307,35 +333,52 @@ class _Run:
         self._device, self._data, self._stop = setting.device, setting.data, setting.stop
         self._loader, self._trainer, self._record = loader, trainer, record
         self._normaliser = Normaliser.of(self._data.schema, self._config.data.normalisation)
-        self._clock = SaveClock(
-            self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None
+        self._saver = Saver(
+            self._run,
+            keep_last=self._config.training.keep_last,
+            allowed=setting.still_ours,
+            flush=record.flush,
+            saved=self._check_warning,
+        )
+        self._clock = SaveWatch(
+            self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None,
+            saver=self._saver,
         )
         self._saved_step = trainer.progress.step if trainer.progress.step else -1
-        self._still_ours = setting.still_ours
         self._warning_seconds = setting.ranks.world.signal_seconds
         self._slowest_step = 0.0
+        self._profile = self._run.profile if setting.profile else None
         self._missed = 0  # the last skipped step that the log knows of
 
     def go(self) -> ExitCode:
-        """Train to the end, or until somebody asks to stop."""
+        """Train to the end, or until somebody asks to stop; what was saved is then on the disk."""
+        with self._saver, profiled(self._profile, self._ranks.world.rank) as self._profile_step:
+            return self._train()
+
+    def _train(self) -> ExitCode:
         config, progress = self._config, self._trainer.progress
         self._record.text("config", f"```yaml\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```")
         if progress.step and not self._evaluate_if_due():  # the attempt before may have missed it
             return self._leave()
         since = time.perf_counter()
         for step in self._trainer.steps(self._stop, self._clock):
+            self._profile_step()
             self._slowest_step = max(self._slowest_step, time.perf_counter() - since)
             self._write(step)
+            if self._ranks.world.is_main:
+                self._saver.prepare(self._states)  # now that the optimiser has states
             if self._save_is_due(step):
                 self._look()
                 self._save()
             if step.unreadable:
+                self._finish_saving()
                 raise self._unreadable()
             if step.stop or not self._evaluate_if_due():
                 return self._leave()
             since = time.perf_counter()
         if self._saved_step != progress.step:
             self._save()
+        self._finish_saving()
         log.info("done after %d steps; results in %s", progress.step, self._run.path)
         return ExitCode.DONE
 
@@ -393,44 +436,42 @@ class _Run:
         return due or self._evaluation_is_due()
 
     def _save(self) -> None:
-        """Save on rank 0; all ranks learn whether it worked."""
-        self._record.flush()
-        error = self._save_on_main() if self._ranks.world.is_main else None
-        if self._ranks.largest(int(error is not None))[0]:
-            raise error or PeerLost("rank 0 could not save the checkpoint: see its own line")
+        """Copy the states on rank 0, where they are written behind the next steps.
+
+        All ranks learn whether what was saved before is on the disk.
+        """
+        if not self._ranks.world.is_main:
+            self._record.flush()  # rank 0 does that behind the next steps, too
+        self._on_main(self._save_on_main)
         self._clock.restart()
         self._saved_step = self._trainer.progress.step
 
-    def _save_on_main(self) -> AgrivisionError | None:
+    def _finish_saving(self) -> None:
+        """Wait until what was saved is on the disk; all ranks learn whether it is."""
+        self._on_main(self._saver.wait)
+
+    def _on_main(self, act: Callable[[], None]) -> None:
+        """Let rank 0 save or wait; where that fails, all ranks leave."""
+        error = None
+        if self._ranks.world.is_main:
+            try:
+                act()
+            except AgrivisionError as refusal:
+                error = refusal
+        if self._ranks.largest(int(error is not None))[0]:
+            raise error or PeerLost("rank 0 could not save the checkpoint: see its own line")
+
+    def _save_on_main(self) -> None:
         progress, training = self._trainer.progress, self._config.training
-        begin = time.perf_counter()
-        known = Description.of(self._config.model, self._data.schema, self._normaliser)
-        states: Mapping[str, Mapping[str, Any]] = self._trainer.states() | {
-            "description": known.to_dict()
-        }
         milestone = (
             training.keep_every > 0 and self._ends_epoch() and self._epoch % training.keep_every == 0
         )
-        try:
-            path = checkpoint.save(
-                self._run.checkpoints,
-                states,
-                step=progress.step,
-                epoch=self._epoch,
-                milestone=milestone,
-                allowed=self._still_ours,
-            )
-        except AgrivisionError as error:
-            return error
-        saved = {entry.step for entry in checkpoint.entries(self._run.checkpoints)}
-        scored = self._run.evaluations()
-        best = best_step({step: score for step, score in scored.items() if step in saved})
-        keep = () if best is None else (best,)
-        checkpoint.tidy(self._run.checkpoints, training.keep_last, keep)
-        seconds = time.perf_counter() - begin
-        log.info("step %d saved in %.1f s: %s", progress.step, seconds, path.name)
-        self._check_warning(seconds)
-        return None
+        self._saver.save(self._states(), step=progress.step, epoch=self._epoch, milestone=milestone)
+
+    def _states(self) -> Mapping[str, Mapping[str, Any]]:
+        """What training needs to go on, and what inference needs besides."""
+        known = Description.of(self._config.model, self._data.schema, self._normaliser)
+        return self._trainer.states() | {"description": known.to_dict()}
 
     def _check_warning(self, save_seconds: float) -> None:
         """Say, once, if the job's warning before its end leaves no time for a step and a save."""
@@ -458,6 +499,7 @@ class _Run:
         seconds = time.perf_counter() - begin
         drawn = self._ranks.world.is_main and self._config.monitor.tensorboard
         panels = self._panels() if drawn else {}  # before anything is written: it takes its time
+        self._finish_saving()  # what has a score has a checkpoint
         self._record.evaluated(step, self._epoch, evaluation, seconds)
         self._record.pictures(step, panels)
         return True
@@ -500,6 +542,7 @@ class _Run:
     def _leave(self) -> ExitCode:
         if self._saved_step != self._trainer.progress.step:
             self._save()
+        self._finish_saving()
         reason = self._stop.reason or "another rank was asked to stop"
         log.info("stopped at step %d (%s); the same command goes on", self._saved_step, reason)
         return ExitCode.STOPPED

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from agrivision.config import Config
 from agrivision.data.augment import Augment
@@ -29,10 +30,12 @@ from agrivision.errors import CheckpointError, DatasetError
 from agrivision.model.losses import LabelSetLoss, SampleLosses
 from agrivision.model.precision import autocast
 from agrivision.training.ema import WeightAverage
+from agrivision.training.invariant import CanonicalGradients
 from agrivision.training.optimizer import Optimizer
 from agrivision.training.preemption import StopRequest
 from agrivision.training.schedule import learning_rate
 from agrivision.training.tally import Tally
+from agrivision.training.upload import Upload
 
 
 @dataclass(kw_only=True)
@@ -111,9 +114,13 @@ class Trainer:
         self.average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
         self.trouble: DatasetError | None = None
         self._config, self._augment, self._loader = config, augment, loader
-        self._ranks, self._device = ranks, device
+        self._ranks, self._device, self._upload = ranks, device, Upload(device)
         self._places = loader.order.share(ranks.world.rank, ranks.world.size)
         self._micro = training.micro_batch_size or len(range(config.data.batch_size)[self._places])
+        self._canonical: CanonicalGradients | None = None
+        if training.invariant:
+            ranks.take_from_main(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
+            self._canonical = CanonicalGradients(model, ranks, micro_batches=loader.order.units)
         self._wrapped = model if training.invariant else _wrap(model, ranks, device, self._how())
         self._network: Callable[..., Any] = self._wrapped
         self._loss: Callable[..., SampleLosses] = loss
@@ -201,21 +208,36 @@ class Trainer:
 
     def _fetch(self) -> Batch | None:
         try:
-            return self._loader.next_batch()
+            with record_function("agrivision: wait for data"):
+                return self._upload.send(self._loader.next_batch())
         except DatasetError as error:
             self.trouble = error
             return None
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
-        """Gradients of this rank's part; returns the sums of loss, cross-entropy and Dice, (3,)."""
+        """Gradients of this rank's part; returns the sums of loss, cross-entropy and Dice, (3,).
+
+        In the invariant mode both are those of all ranks.
+        """
         self._before = [buffer.clone() for buffer in self._statistics]
         self.optimizer.zero_grad()
+        self._upload.arrive(batch)
         parts = list(self._parts(batch))
+        if self._canonical is not None:
+            return self._accumulate_in_order(batch, parts, self._canonical)
         sums = torch.zeros(3, device=self._device)
         for part in parts:
             with self._unsynchronised(last=part is parts[-1]):
                 sums += self._backward(batch, part)
         return sums
+
+    def _accumulate_in_order(
+        self, batch: Batch, parts: Sequence[slice], canonical: CanonicalGradients
+    ) -> torch.Tensor:
+        for index, part in zip(canonical.mine, parts, strict=True):
+            canonical.begin()
+            canonical.add(index, self._backward(batch, part))
+        return canonical.finish()
 
     def _parts(self, batch: Batch) -> Iterator[slice]:
         """The micro-batches of this rank's part."""
@@ -224,20 +246,29 @@ class Trainer:
 
     def _backward(self, batch: Batch, part: slice) -> torch.Tensor:
         assert batch.whole is not None
-        pixels = batch.pixels.part(part).to(self._device)
-        tiles = batch.tiles[part]
-        images, labels = self._augment(pixels.planes, pixels.labels, batch.whole.epoch, tiles)
+        with record_function("agrivision: augment"):
+            images, labels = self._images(batch, part)
         self._seed(part.start)
-        with autocast(self._device, self._config.training.precision), peers_may_fail():
+        with (
+            record_function("agrivision: forward"),
+            autocast(self._device, self._config.training.precision),
+            peers_may_fail(),
+        ):
             logits = self._network(images)
-        losses = self._loss(logits, labels)
+        with record_function("agrivision: loss"):
+            losses = self._loss(logits, labels)
         # Samples that only fill up the batch have no weight, but keep the graph and the shapes.
         counts = torch.arange(part.start, part.stop, device=self._device) < batch.count
         scale = self._scale / batch.whole.count
-        with peers_may_fail():
+        with record_function("agrivision: backward"), peers_may_fail():
             ((losses.total * counts).sum() * scale).backward()  # type: ignore[no-untyped-call]
         parts = torch.stack([losses.total, losses.cross_entropy, losses.dice])
         return (parts.detach() * counts).sum(1)
+
+    def _images(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        assert batch.whole is not None
+        pixels = batch.pixels.part(part)
+        return self._augment(pixels.planes, pixels.labels, batch.whole.epoch, batch.tiles[part])
 
     @property
     def _scale(self) -> int:
@@ -261,7 +292,9 @@ class Trainer:
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
         """The losses summed over the ranks, float64 (3,), and on how many ranks each flag is up."""
         up = torch.tensor(flags, dtype=torch.float64)
-        if self._device.type == "cpu":  # one message
+        if self._canonical is not None:  # they are summed already
+            losses, counts = local.double(), self._ranks.sum(up)
+        elif self._device.type == "cpu":  # one message
             total = self._ranks.sum(torch.cat([local.double(), up]))
             losses, counts = total[:3], total[3:]
         else:  # flags travel between the programs, losses between the devices
@@ -277,7 +310,8 @@ class Trainer:
         norm = self.optimizer.clip()
         good = self.tally.count(losses / batch.whole.count, norm, progress.step + 1)
         rate = self._learning_rate()
-        self.optimizer.step(rate, good)
+        with record_function("agrivision: optimiser"):
+            self.optimizer.step(rate, good)
         for buffer, value in zip(self._statistics, self._before, strict=True):
             buffer.copy_(torch.where(good, buffer, value))  # they have seen what was not finite
         progress.step += 1

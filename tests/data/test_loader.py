@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from agrivision.data.augment import Normaliser
+from agrivision.data.decode import Frames
 from agrivision.data.labels import VALID_BIT
 from agrivision.data.loader import Batch, TrainLoader, evaluation_batches
 from agrivision.data.order import Order
@@ -74,8 +76,8 @@ def line(dataset: Path) -> list[Batch]:
 
 
 @pytest.mark.parametrize("prefetch", [1, 4])
-@pytest.mark.parametrize("threads", [0, 1, 3])
-@pytest.mark.parametrize("size", [1, 2, 3, BATCH])
+@pytest.mark.parametrize("threads", [0, 1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 4, BATCH])
 def test_the_ranks_together_make_the_batches_of_one(
     dataset: Path, line: list[Batch], size: int, threads: int, prefetch: int
 ) -> None:
@@ -124,10 +126,136 @@ def test_any_cursor_is_a_position(dataset: Path, cursor: int) -> None:
         assert len(batch.tiles) == BATCH
 
 
-def test_batches_keep_their_pixels_when_others_follow(dataset: Path, line: list[Batch]) -> None:
-    with train_loader(dataset, prefetch=1) as loader:
-        for batch, expected in zip(take(loader, len(line)), line, strict=True):
-            assert_equal(batch, expected)
+@settings(max_examples=15)
+@given(
+    cursor=st.integers(0, 200),
+    threads=st.sampled_from([0, 1, 2, 3, 8]),
+    size=st.sampled_from([1, 2, 4]),
+)
+def test_from_any_cursor_all_ranks_and_threads_see_the_same(
+    dataset: Path, cursor: int, threads: int, size: int
+) -> None:
+    with train_loader(dataset, threads=0) as loader:
+        loader.seek(cursor)
+        expected = take(loader, 3)
+    ranks = []
+    for rank in range(size):
+        with train_loader(dataset, rank, size, threads=threads) as loader:
+            take(loader, 1)
+            loader.seek(cursor)
+            ranks.append(take(loader, 3))
+    for whole, *parts in zip(expected, *ranks, strict=True):
+        assert_joined(parts, whole)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_batches_keep_their_pixels_when_others_follow(
+    dataset: Path, line: list[Batch], threads: int
+) -> None:
+    with train_loader(dataset, prefetch=1, threads=threads) as loader:
+        batches = take(loader, len(line))
+    for batch, expected in zip(batches, line, strict=True):
+        assert_equal(batch, expected)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda batch: batch.pixels.labels,
+        lambda batch: batch.pixels.labels[3:5].numpy()[1],
+        lambda batch: memoryview(batch.pixels.planes[0][2].numpy()),
+        lambda batch: batch.pixels.part(slice(4, 6)).to(torch.device("cpu")).planes[1],
+        lambda batch: batch.pixels.planes[0].permute(0, 3, 1, 2)[:, 1:],
+    ],
+)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_whatever_is_kept_of_a_batch_stays_as_it_was(
+    dataset: Path, threads: int, view: Callable[[Batch], object]
+) -> None:
+    with train_loader(dataset, threads=threads) as loader:
+        kept = [view(loader.next_batch()) for _ in range(8)]
+        before = [np.array(each) for each in kept]
+        take(loader, 8)
+        for each, copied in zip(kept, before, strict=True):
+            assert np.array_equal(np.asarray(each), copied)
+
+
+@pytest.mark.parametrize(("threads", "most"), [(0, 1), (2, 4)])
+def test_memory_that_nobody_holds_is_used_again(dataset: Path, threads: int, most: int) -> None:
+    addresses = set()
+    with train_loader(dataset, threads=threads, prefetch=2) as loader:
+        for _ in range(40):
+            addresses.add(loader.next_batch().pixels.labels.data_ptr())
+    assert len(addresses) <= most
+
+
+def test_a_thread_that_is_late_writes_into_nobody_elses_batch(
+    dataset: Path, line: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs in a batch that was given up, while others take its place in the line."""
+    decode, hangs, go_on = Frames.decode, threading.Event(), threading.Event()
+    record = bytes(reader_of(dataset).read(line[1].tiles[0])[0])
+
+    def decode_late(frames: Frames, files: Sequence[memoryview], slot: int) -> None:
+        if not hangs.is_set() and bytes(files[0]) == record:
+            hangs.set()
+            assert go_on.wait(60)
+        decode(frames, files, slot)
+
+    monkeypatch.setattr(Frames, "decode", decode_late)
+    with train_loader(dataset, threads=2, prefetch=1) as loader:
+        loader.next_batch()
+        assert hangs.wait(60)
+        assert line[4].whole is not None
+        loader.seek(line[4].whole.cursor)
+        found = take(loader, 6)
+        go_on.set()
+    for batch, expected in zip(found, line[4:], strict=False):
+        assert_equal(batch, expected)
+
+
+def blocks() -> int:
+    return sum(type(each).__name__ == "_Block" for each in gc.get_objects())
+
+
+def test_nothing_grows_from_epoch_to_epoch(copied: Path) -> None:
+    """Memory, files and threads after one epoch, with an error and a jump in each, and after twenty."""
+    reader = reader_of(copied)
+    flip(reader, 3)
+    order = Order(size=len(reader), batch_size=BATCH, seed=3)
+    gc.collect()
+    before, counts = blocks(), []
+    with TrainLoader(reader, order, World(), threads=3, prefetch=2) as loader:
+        for epoch in range(20):
+            loader.seek(epoch * len(reader))
+            errors = 0
+            for _ in range(order.steps_per_epoch):
+                try:
+                    loader.next_batch()
+                except DatasetError:
+                    errors += 1
+            assert errors
+            gc.collect()
+            counts.append((blocks(), len(open_files()), len(decoding_threads())))
+    # Three batches ahead and one in use; a thread that is late holds its own a moment longer.
+    assert max(blocks for blocks, _, _ in counts) <= before + 9
+    assert {(files, threads) for _, files, threads in counts[1:]} == {counts[0][1:]}
+    del loader
+    gc.collect()
+    assert blocks() == before
+
+
+def test_an_evaluation_leaves_no_memory(dataset: Path) -> None:
+    gc.collect()
+    before = blocks()
+    batches = evaluation_batches(reader_of(dataset), World(), batch_size=4, threads=2)
+    while next(batches, None) is not None:
+        assert 1 <= blocks() - before <= 3
+    gc.collect()
+    assert blocks() == before
 
 
 def test_more_ranks_than_samples_in_a_batch_are_refused(dataset: Path) -> None:
@@ -202,7 +330,7 @@ def test_a_disk_that_fails_names_the_tile(
 
     with train_loader(dataset) as loader:
         with monkeypatch.context() as patch:
-            patch.setattr("agrivision.data.shards.os.pread", refuse)
+            patch.setattr("agrivision.data.shards.os.preadv", refuse)
             with pytest.raises(DatasetError, match=r"tile \S+ in .*\.tar: Stale file handle"):
                 loader.next_batch()
         assert_equal(loader.next_batch(), line[0])
@@ -212,7 +340,7 @@ def test_a_tile_that_cannot_be_decoded_is_named(dataset: Path, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise DatasetError("rgb.jpg: not a whole JPEG")
 
-    monkeypatch.setattr("agrivision.data.loader.decode_record", refuse)
+    monkeypatch.setattr("agrivision.data.loader.Frames.decode", refuse)
     reader = reader_of(dataset)
     for threads in (0, 2):
         with pytest.raises(DatasetError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from agrivision import locks
-from agrivision.data.prepare import PrepareOptions, prepare
+from agrivision.data.prepare import PrepareOptions, prepare, prepare_part
 from agrivision.data.schema import Schema
 from agrivision.data.splits import divide
 from agrivision.data.workplace import Workplace
 from agrivision.errors import Busy, DatasetError, ExitCode, Interrupted, NotWritable, SourceError
+from agrivision.part import Part
 from tests.data import av, scenes
 from tests.data.conftest import tree
 
@@ -163,6 +165,30 @@ def test_finished_shards_are_used_again_unless_something_changed(tmp_path, sourc
         run(source, out)
     made = [Path(path).relative_to(tmp_path) for path, time_ in names().items() if first[path] != time_]
     assert made == [Path("out.partial/val/00000.tar")]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_shards_with_other_files_are_made_anew(tmp_path, source, first):
+    out, asked = tmp_path / "out", iter([False, False, False, True, True, True])
+    with pytest.raises(Interrupted):
+        prepare(
+            source,
+            out,
+            PrepareOptions(workers=1, shard_tiles=3, raw=first),
+            stop=lambda: next(asked, True),
+        )
+    assert list((tmp_path / "out.partial").glob("*/*.tar"))
+    run(source, out, raw=not first)
+    run(source, tmp_path / "undisturbed", raw=not first)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_parts_must_agree_on_the_files(tmp_path, source):
+    options = PrepareOptions(workers=1, shard_tiles=3)
+    prepare_part(source, tmp_path / "out", options, Part.parse("0/2"))
+    raw = dataclasses.replace(options, raw=True)
+    with pytest.raises(DatasetError, match="other options"):
+        prepare_part(source, tmp_path / "out", raw, Part.parse("1/2"))
 
 
 def test_two_at_once(tmp_path, source, monkeypatch):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import tempfile
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +18,11 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agrivision.data import shards
 from agrivision.data.inspect import inspect_dataset
 from agrivision.data.parts import decode_part, encode_tiff, tiff_coordinates
 from agrivision.data.schema import FILE_NAME, Part, Schema
-from agrivision.data.shards import Record, Shard, SplitReader, write_shard
+from agrivision.data.shards import Record, Scratch, Shard, SplitReader, write_shard
 from agrivision.data.statistics import BandSums, Sums, add_up
 from agrivision.data.tile import MAX_KEY, Coordinates, is_key, safe_name
 from agrivision.errors import DatasetError
@@ -71,6 +77,21 @@ def test_tar_and_webdataset_read_it(dataset, tmp_path):
             assert sample[f"{extension}.jpg"] == source.read_bytes()
 
 
+def test_no_records_make_no_shard(tmp_path):
+    assert write_shard(tmp_path, "00000", iter(())) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_fails_leaves_no_shard(tmp_path):
+    def records():
+        yield Record(key="a", field="", files={"rgb.jpg": b"1", "labels.zst": b"2"}, pixels=[1])
+        raise DatasetError("no more")
+
+    with pytest.raises(DatasetError, match="no more"):
+        write_shard(tmp_path, "00000", records())
+    assert list(tmp_path.iterdir()) == []
+
+
 def flip(path: Path, where: int) -> None:
     content = bytearray(path.read_bytes())
     content[where] ^= 1
@@ -91,6 +112,133 @@ def test_a_flipped_bit_names_the_tile(dataset):
     assert (inspection.damaged_tiles, inspection.damage_count, inspection.whole) == (1, 1, False)
     assert key in inspection.damage[0].what
     assert inspection.damage[0].path == str(shard.path)
+
+
+@pytest.fixture(params=[False, True])
+def either(request, tmp_path, prepared):
+    """A data set of JPEG files, and one of raw ones."""
+    av.write_folder(tmp_path / "either", {"train": av.ids("AAA", 2), "val": av.ids("BBB", 1)})
+    return prepared(tmp_path / "either", raw=request.param).out
+
+
+def test_any_single_byte_that_is_damaged_is_found(either):
+    reader, scratch = SplitReader(either, Schema.read(either), "train"), Scratch()
+    shard, row = reader.locate(1)
+    entry = shard.index[row]
+    offsets, sizes = entry["offsets"].tolist(), entry["sizes"].tolist()
+    into = [memoryview(bytearray(size)) for size in sizes]
+    places = [
+        place
+        for offset, size in zip(offsets, sizes, strict=True)
+        for place in range(offset, offset + size)
+    ]
+    assert len(places) == sum(sizes) > 3000
+    whole, found = [bytes(file) for file in reader.read(1)], 0
+    with shard.path.open("r+b", buffering=0) as file:
+        for number, place in enumerate(places):
+            byte = os.pread(file.fileno(), 1, place)
+            os.pwrite(file.fileno(), bytes([byte[0] ^ 1 << number % 8]), place)
+            try:
+                reader.read(1, into if number % 2 else (), scratch)
+            except DatasetError:
+                found += 1
+            os.pwrite(file.fileno(), byte, place)
+    assert found == len(places)
+    assert [bytes(file) for file in reader.read(1)] == whole
+
+
+def test_files_go_where_they_are_wanted(dataset):
+    reader, scratch = SplitReader(dataset, Schema.read(dataset), "train"), Scratch()
+    for tile in range(len(reader)):
+        expected = [bytes(file) for file in reader.read(tile)]
+        for wanted in range(8):
+            into = [
+                memoryview(bytearray(len(file))) if wanted >> number & 1 else None
+                for number, file in enumerate(expected)
+            ]
+            files = reader.read(tile, into, scratch)
+            assert [bytes(file) for file in files] == expected
+            for place, file in zip(into, files, strict=True):
+                assert place is None or place is file
+        short = memoryview(bytearray(len(expected[0]) - 1))
+        files = reader.read(tile, [short], scratch)
+        assert bytes(files[0]) == expected[0]
+        assert bytes(short) == bytes(len(short))
+
+
+def count_calls(monkeypatch, name):
+    """Calls of a function of the module, by the name of the shard."""
+    calls, original = Counter(), getattr(shards, name)
+
+    def counted(folder, info, *rest):
+        calls[info.name] += 1
+        return original(folder, info, *rest)
+
+    monkeypatch.setattr(shards, name, counted)
+    return calls
+
+
+def held_open(folder):
+    names = [path.name for path in Path("/proc/self/fd").iterdir()]
+    return sum(os.path.realpath(f"/proc/self/fd/{name}").startswith(str(folder)) for name in names)
+
+
+def test_indexes_are_kept_and_few_shards_open(dataset, monkeypatch):
+    monkeypatch.setattr(shards, "_MOST_OPEN", 2)
+    indexes, opened = (count_calls(monkeypatch, name) for name in ("_read_index", "_open"))
+    schema = Schema.read(dataset)
+    reader = SplitReader(dataset, schema, "train")
+    assert not indexes and not opened
+    reader.read(4)
+    assert indexes == opened == {"00002": 1}
+    del reader
+    indexes.clear(), opened.clear()
+    reader = SplitReader(dataset, schema, "train")
+    for tile in [0, 2, 4] * 3:
+        reader.read(tile)
+        assert held_open(dataset) <= 2
+    assert indexes == {"00000": 1, "00001": 1, "00002": 1}
+    assert opened.total() == 9  # the least recently used is the next one wanted
+    del reader
+    assert held_open(dataset) == 0
+    monkeypatch.setattr(shards, "_INDEX_BYTES", 1)
+    reader = SplitReader(dataset, schema, "train")
+    indexes.clear()
+    for tile in [0, 1, 4, 0]:
+        reader.read(tile)
+    assert indexes == {"00000": 2, "00002": 1}
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"), [(resource.RLIM_INFINITY, 256), (1 << 20, 256), (1024, 128), (4, 1)]
+)
+def test_open_shards_leave_descriptors_to_others(limit, most, monkeypatch):
+    monkeypatch.setattr(shards.resource, "getrlimit", lambda _: (limit, limit))
+    assert shards._most_open() == most
+
+
+def test_a_shard_that_opens_slowly_stops_nobody_else(dataset, monkeypatch):
+    opens, go_on, original = threading.Event(), threading.Event(), shards._open
+
+    def slow(folder, info):
+        if info.name == "00000":
+            opens.set()
+            assert go_on.wait(60)
+        return original(folder, info)
+
+    monkeypatch.setattr(shards, "_open", slow)
+    reader = SplitReader(dataset, Schema.read(dataset), "train")
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(reader.read, 0) for _ in range(2)]
+        assert opens.wait(60)
+        try:
+            assert pool.submit(reader.read, 4).result(timeout=60)
+            assert not any(future.done() for future in waiting)
+        finally:
+            go_on.set()
+        first, second = ([*map(bytes, future.result())] for future in waiting)
+    assert first == second
+    assert held_open(dataset) == 2
 
 
 def test_a_truncated_shard(dataset):

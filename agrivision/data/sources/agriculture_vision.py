@@ -7,20 +7,19 @@ mask are both above 0.
 
 from __future__ import annotations
 
-import io
-import zlib
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 
 from agrivision.data.labels import VALID_BIT, Labels
-from agrivision.data.parts import decode_jpeg, describe, jpeg_shape
+from agrivision.data.parts import decode_jpeg, decode_jpeg_for_four, describe, jpeg_shape
 from agrivision.data.schema import Part
 from agrivision.data.sources.layouts import (
     EDITIONS,
@@ -34,14 +33,15 @@ from agrivision.data.sources.layouts import (
     pair,
     require,
 )
-from agrivision.data.sources.source import Flaw, Problem, Read, Reference, Source
+from agrivision.data.sources.masks import Mask, MaskReader
+from agrivision.data.sources.source import Flaw, Problem, Read, Reference, Source, content_of
 from agrivision.data.tile import Tile
 from agrivision.errors import DatasetError, SourceError
 
 BANDS = ("red", "green", "blue", "nir")
 PARTS = (Part(extension="rgb.jpg", bands=3), Part(extension="nir.jpg", bands=1))
+_T = TypeVar("_T")
 _PROBES = 25  # headers that decide on the tile size; single files of another size cannot
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,34 +65,38 @@ class AgricultureVisionReader:
     @contextmanager
     def reading(self) -> Iterator[Read]:
         """See TileReader; nothing stays open between two tiles."""
-        yield self._read
+        yield partial(self._read, MaskReader(size=(self.tile, self.tile)))
 
-    def _read(self, reference: Reference) -> Tile:
+    def _read(self, masks: MaskReader, reference: Reference) -> Tile:
         folder, key = self.folders[reference.group], reference.key
         paths = folder.rgb / f"{key}.jpg", folder.nir / f"{key}.jpg"
-        contents = [_content(path) for path in paths]
-        rgb, nir = (
-            _decode(path, content, (self.tile, self.tile, part.bands))
-            for path, content, part in zip(paths, contents, PARTS, strict=True)
-        )
+        contents = [content_of(path) for path in paths]
+        image = np.empty((self.tile, self.tile, len(BANDS)), np.uint8)
+        _check_size(paths[0], contents[0], (self.tile, self.tile, 3))
+        _attempt(paths[0], lambda: decode_jpeg_for_four(contents[0], image))
+        image[..., 3:] = _decode(paths[1], contents[1], (self.tile, self.tile, 1))
         return Tile(
             key=key,
             field=reference.field,
             files={part.extension: content for part, content in zip(PARTS, contents, strict=True)},
-            image=_joined(rgb, nir),
-            labels=self._labels(folder, key),
+            image=image.transpose(2, 0, 1),
+            labels=self._labels(masks, folder, key),
         )
 
-    def _labels(self, folder: SplitFolder, key: str) -> Labels:
-        size = (self.tile, self.tile)
-        labels = np.zeros(size, np.uint16)
-        for bit, masks in folder.classes:
-            labels |= _mask(masks / f"{key}.png", size).astype(np.uint16) << np.uint16(bit)
+    def _labels(self, masks: MaskReader, folder: SplitFolder, key: str) -> Labels:
+        labels = np.zeros(masks.size, np.uint16)
+        for bit, classes in folder.classes:
+            _set(labels, bit, masks.read(f"{classes}/{key}.png"))  # much cheaper than a Path
         if folder.classes:
             scored = np.uint16((1 << self.scored) - 1)
-            labels |= np.equal(labels & scored, 0).astype(np.uint16)  # background is bit 0
-        valid = _valid(folder, key, size)
-        return labels | valid.astype(np.uint16) << np.uint16(VALID_BIT)
+            _set(labels, 0, np.equal(labels & scored, 0))  # background is bit 0
+        _set(labels, VALID_BIT, _valid(masks, folder, key))
+        return labels
+
+
+def _set(labels: Labels, bit: int, mask: Mask) -> None:
+    if mask is not False:  # most masks are empty
+        labels |= mask * np.uint16(1 << bit)
 
 
 def open_agriculture_vision(root: Path, *, edition: str | None, assume_valid: bool) -> Source | None:
@@ -169,7 +173,7 @@ def _tile_size(folders: Sequence[SplitFolder], splits: Mapping[str, Sequence[Ref
     for reference in references[:: max(1, len(references) // _PROBES)]:
         path = folders[reference.group].rgb / f"{reference.key}.jpg"
         try:
-            sizes[jpeg_shape(_content(path))[:2]] += 1
+            sizes[jpeg_shape(content_of(path))[:2]] += 1
         except (DatasetError, Flaw):
             continue  # named when the tile is read
     (height, width), _ = sizes.most_common(1)[0] if sizes else ((512, 512), 0)
@@ -220,41 +224,36 @@ def _iterate(
             continue
         try:
             rgb_path, nir_path = folder.rgb / f"{key}.jpg", folder.nir / f"{key}.jpg"
-            content = _content(rgb_path)
-            height, width, _ = _shape(rgb_path, content)
+            content = content_of(rgb_path)
+            height, width, _ = _attempt(rgb_path, partial(jpeg_shape, content))
             rgb = _decode(rgb_path, content, (height, width, 3))
-            nir = _decode(nir_path, _content(nir_path), (height, width, 1))
-            valid = _valid(folder, key, (height, width))
+            nir = _decode(nir_path, content_of(nir_path), (height, width, 1))
+            valid = np.full((height, width), True)
+            valid &= _valid(MaskReader(size=(height, width)), folder, key)
         except Flaw as flaw:
             raise SourceError(str(flaw)) from None
         yield key, _joined(rgb, nir), valid
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Flaw(path, "unreadable", f"cannot be read ({error.strerror})") from None
-
-
-def _shape(path: Path, content: bytes) -> tuple[int, int, int]:
-    try:
-        return jpeg_shape(content)
-    except DatasetError as error:
-        raise Flaw(path, "unreadable", f"{error}") from None
-
-
 def _decode(path: Path, content: bytes, wanted: tuple[int, int, int]) -> NDArray[np.uint8]:
-    shape = _shape(path, content)
+    _check_size(path, content, wanted)
+    out = np.empty(wanted, np.uint8)
+    _attempt(path, lambda: decode_jpeg(content, out))
+    return out
+
+
+def _check_size(path: Path, content: bytes, wanted: tuple[int, int, int]) -> None:
+    shape = _attempt(path, lambda: jpeg_shape(content))
     if shape != wanted:
         what = f"{describe(shape)} where {describe(wanted)} belong"
         raise Flaw(path, "wrong size", what)
-    out = np.empty(wanted, np.uint8)
+
+
+def _attempt(path: Path, read: Callable[[], _T]) -> _T:
     try:
-        decode_jpeg(content, out)
+        return read()
     except DatasetError as error:
         raise Flaw(path, "unreadable", f"{error}") from None
-    return out
 
 
 def _joined(rgb: NDArray[np.uint8], nir: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -265,43 +264,9 @@ def _joined(rgb: NDArray[np.uint8], nir: NDArray[np.uint8]) -> NDArray[np.uint8]
     return image
 
 
-def _valid(folder: SplitFolder, key: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    valid = np.ones(size, np.bool_)
-    for masks in folder.valid:
-        valid &= _mask(masks / f"{key}.png", size)
+def _valid(masks: MaskReader, folder: SplitFolder, key: str) -> Mask:
+    valid: Mask = True
+    for path in folder.valid:
+        mask = masks.read(f"{path}/{key}.png")
+        valid = mask if valid is True else valid & mask
     return valid
-
-
-def _mask(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Where a PNG of one band is above 0, shape (height, width)."""
-    content = _content(path)
-    try:
-        _check_png(content)
-        with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
-            shape = (image.height, image.width, len(image.getbands()))
-            if shape != (*size, 1):
-                what = f"{describe(shape)} where {describe((*size, 1))} belong"
-                raise Flaw(path, "wrong size", what)
-            mask: NDArray[np.bool_] = np.greater(np.asarray(image), 0)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise Flaw(path, "unreadable", f"not a whole PNG ({error})") from None
-    return mask
-
-
-def _check_png(content: bytes) -> None:
-    """Compare the checksum of every chunk: Pillow takes the pixels' chunks as they come.
-
-    Raises:
-        ValueError: it is not a PNG, is damaged, or ends early.
-    """
-    if not content.startswith(_PNG):
-        raise ValueError("its first bytes are not those of a PNG")
-    start, kind = len(_PNG), b""
-    while kind != b"IEND":
-        size, kind = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
-        end = start + 8 + size
-        if len(content) < end + 4:
-            raise ValueError("it ends early")
-        if zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
-            raise ValueError("it is damaged: a checksum differs")
-        start = end + 4

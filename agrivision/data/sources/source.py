@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -42,9 +43,28 @@ class Flaw(Exception):
         problem: the same, with its consequence for a data set that is being prepared.
     """
 
-    def __init__(self, path: Path, kind: str, what: str) -> None:
+    def __init__(self, path: Path | str, kind: str, what: str) -> None:
         super().__init__(f"{path}: {what}")
         self.problem = Problem(str(path), kind, f"{what}: left out")
+
+
+def content_of(path: Path | str) -> bytes:
+    """What is in a small file of a tile.
+
+    Raises:
+        Flaw: it cannot be read.
+    """
+    try:
+        # A tile is many files, and a file object costs as much as all of these together.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            content = os.read(descriptor, size)
+        finally:
+            os.close(descriptor)
+        return content if len(content) == size else Path(path).read_bytes()
+    except OSError as error:
+        raise Flaw(path, "unreadable", f"cannot be read ({error.strerror})") from None
 
 
 class Report(Protocol):

@@ -1,0 +1,1 @@
+"""One script a claim: `python -m benchmarks.NAME [--quick]`; README.md says which and what came out."""

@@ -1,0 +1,92 @@
+"""Masks that are read the fast way are those that Pillow reads, and damage is never overlooked."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from agrivision.data.sources import masks as module
+from agrivision.data.sources.masks import MaskReader
+from agrivision.data.sources.source import Flaw
+
+SIZE = (7, 5)
+
+
+def png(pixels: np.ndarray, mode: str) -> bytes:
+    if mode == "P":
+        image = Image.fromarray(pixels.astype(np.uint8), "P")
+        image.putpalette([9, 9, 9] * 256)  # what counts are the indexes, not the colours
+    elif mode == "1":
+        image = Image.fromarray(pixels > 0)
+    else:
+        image = Image.fromarray(pixels.astype({"L": np.uint8, "I;16": np.uint16}[mode]))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def whole(mask: np.ndarray | bool) -> np.ndarray:
+    return np.broadcast_to(mask, SIZE)
+
+
+pixels = st.one_of(
+    hnp.arrays(np.uint8, SIZE, elements=st.sampled_from([0, 1, 255])),
+    st.sampled_from([0, 1, 255]).map(lambda value: np.full(SIZE, value, np.uint8)),
+)
+
+
+@given(st.lists(st.tuples(pixels, st.sampled_from(["L", "1", "P", "I;16"])), max_size=40))
+def test_a_mask_is_on_where_its_pixels_are_above_0(tmp_path_factory, images):
+    path = tmp_path_factory.mktemp("masks") / "mask.png"
+    reader = MaskReader(size=SIZE)
+    for values, mode in images * 2:  # the second time they are known
+        path.write_bytes(png(values, mode))
+        mask = reader.read(path)
+        np.testing.assert_array_equal(whole(mask), values > 0)
+        assert isinstance(mask, bool) == (len(np.unique(values > 0)) == 1)
+
+
+def test_what_is_remembered_is_bounded(tmp_path):
+    path = tmp_path / "mask.png"
+    reader = MaskReader(size=SIZE)
+    for value in range(256):
+        path.write_bytes(png(np.full(SIZE, value), "L"))
+        assert reader.read(path) is (value > 0)
+    assert len(reader._uniform) == module._KNOWN
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_known_mask_that_is_damaged_is_found(tmp_path, value):
+    path = tmp_path / "mask.png"
+    good = png(np.full(SIZE, value), "L")
+    path.write_bytes(good)
+    reader = MaskReader(size=SIZE)
+    assert reader.read(path) is (value > 0)
+    for position in range(len(good)):
+        bad = bytearray(good)
+        bad[position] ^= 1
+        path.write_bytes(bad)
+        with pytest.raises(Flaw, match=r"mask\.png: not a whole PNG") as flaw:
+            reader.read(path)
+        assert flaw.value.problem.kind == "unreadable"
+    for end in range(len(good)):
+        path.write_bytes(good[:end])
+        with pytest.raises(Flaw, match="not a whole PNG"):
+            reader.read(path)
+    path.unlink()
+    with pytest.raises(Flaw, match="cannot be read"):
+        reader.read(path)
+
+
+def test_a_uniform_mask_of_another_size_is_none(tmp_path):
+    path = tmp_path / "mask.png"
+    path.write_bytes(png(np.zeros(SIZE[::-1]), "L"))
+    for _ in range(2):
+        with pytest.raises(Flaw, match="7 x 5 pixels with 1 band where 5 x 7 pixels with 1 band"):
+            MaskReader(size=SIZE).read(path)

@@ -1,0 +1,445 @@
+"""Saving behind the training: the same checkpoints, in the same order, and no error is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agrivision import checkpoint
+from agrivision.errors import Diverged, ExitCode, StorageError, Superseded
+from agrivision.rundir import RunDirectory
+from agrivision.snapshot import Snapshot
+from agrivision.training.saver import Saver, SaveWatch
+from tests.disks import fill, make_read_only, small_disk
+from tests.heard import hear
+from tests.ranks import run
+from tests.test_checkpoint import assert_same_states, tree
+from tests.training.runs import arguments, assert_same, metrics
+
+PATIENCE = 60.0  # seconds
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.005)
+
+
+def some(value: float, size: int = 1000) -> dict[str, dict[str, Any]]:
+    weight = torch.full((size // 10, 10), float(value))
+    return {"model": {"weight": weight}, "progress": {"value": value, "sums": {"loss": value}}}
+
+
+class Gate:
+    """Holds up each write before its first byte until it is opened."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self.reached = 0
+
+    def __call__(self) -> None:
+        self.reached += 1
+        assert self._open.wait(PATIENCE)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open()  # a test that failed leaves no thread behind
+
+
+def saver_in(folder: Path, **changes: Any) -> Saver:
+    return Saver(RunDirectory(folder), **({"keep_last": 10, "allowed": lambda: None} | changes))
+
+
+def saved_in(folder: Path) -> list[int]:
+    return [entry.step for entry in checkpoint.entries(folder / "checkpoints")]
+
+
+def load(folder: Path, step: int) -> checkpoint.Checkpoint:
+    return checkpoint.load(folder / "checkpoints" / f"step-{step:09d}")
+
+
+# The saver alone
+
+
+def test_the_file_is_the_one_that_is_written_at_once(tmp_path: Path) -> None:
+    states = some(1)
+    with saver_in(tmp_path / "behind") as saver:
+        saver.prepare(lambda: states)
+        saver.save(states, step=7, epoch=2, milestone=True)
+    at_once = tmp_path / "at once"
+    checkpoint.save(at_once, states, step=7, epoch=2, milestone=True)
+    assert tree(tmp_path / "behind" / "checkpoints") == tree(at_once)
+
+
+def test_training_goes_on_while_it_is_written_and_changes_nothing(tmp_path: Path, gate: Gate) -> None:
+    states = some(1)
+    with saver_in(tmp_path, flush=gate) as saver:
+        saver.save(states, step=1, epoch=0)  # returns, though nothing can be written
+        states["model"]["weight"].fill_(5)
+        states["progress"]["sums"]["loss"] = 5
+        assert saved_in(tmp_path) == []
+        gate.open()
+    assert_same_states(load(tmp_path, 1).states, some(1))
+
+
+def test_the_second_save_waits_for_the_first(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, running, most, order = checkpoint.save, [0], [0], []
+
+    def save(*args: Any, step: int, **kwargs: Any) -> Path:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        order.append(("begins", step))
+        path = original(*args, step=step, **kwargs)
+        order.append(("ends", step))
+        running[0] -= 1
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    opener = threading.Thread(target=lambda: (wait_for(lambda: gate.reached), gate.open()))
+    with saver_in(tmp_path, flush=gate) as saver:
+        saver.save(some(1), step=1, epoch=0)
+        opener.start()
+        for step in (2, 3, 4):
+            saver.save(some(step), step=step, epoch=0)
+            assert saved_in(tmp_path)[-1] >= step - 1  # the one before has its name by now
+    opener.join()
+    assert most == [1]
+    assert order == [(word, step) for step in (1, 2, 3, 4) for word in ("begins", "ends")]
+    for step in (1, 2, 3, 4):
+        assert_same_states(load(tmp_path, step).states, some(step))
+
+
+def test_states_of_another_shape_are_saved_too(tmp_path: Path) -> None:
+    with saver_in(tmp_path) as saver:
+        saver.prepare(lambda: some(0, 500))
+        for step, size in ((1, 1000), (2, 20), (3, 20), (4, 3000)):
+            saver.save(some(step, size), step=step, epoch=0)
+    for step, size in ((1, 1000), (2, 20), (3, 20), (4, 3000)):
+        assert_same_states(load(tmp_path, step).states, some(step, size))
+
+
+def test_memory_is_allocated_once(tmp_path: Path) -> None:
+    asked = []
+
+    def states() -> dict[str, dict[str, Any]]:
+        asked.append(1)
+        return some(1)
+
+    with saver_in(tmp_path) as saver:
+        for _ in range(3):
+            saver.prepare(states)
+        first = saver._snapshot
+        for step in (1, 2):
+            saver.save(some(step), step=step, epoch=0)
+            assert saver._snapshot is first
+    assert asked == [1]
+
+
+def test_old_checkpoints_go_and_the_best_and_milestones_stay(tmp_path: Path) -> None:
+    row = '{"kind": "evaluation", "step": %d, "miou": %f}\n'
+    (tmp_path / "metrics.jsonl").write_text(row % (2, 0.9) + row % (3, 0.5))
+    told: list[float] = []
+    with saver_in(tmp_path, keep_last=1, saved=told.append) as saver:
+        for step in range(1, 7):
+            saver.save(some(step), step=step, epoch=0, milestone=step == 4)
+    assert saved_in(tmp_path) == [2, 4, 6]
+    assert len(told) == 6
+
+
+def test_an_error_is_raised_once_by_the_next_save_which_saves_nothing(tmp_path: Path) -> None:
+    disk_is_full = StorageError("cannot write it: No space left on device")
+    refusals = [disk_is_full]
+
+    def flush() -> None:
+        if refusals:
+            raise refusals.pop()
+
+    with saver_in(tmp_path, flush=flush) as saver:
+        watch = SaveWatch(None, saver=saver)
+        assert not watch.passed()
+        saver.save(some(1), step=1, epoch=0)
+        wait_for(lambda: saver.failed)
+        assert watch.passed()
+        with pytest.raises(StorageError) as error:
+            saver.save(some(2), step=2, epoch=0)
+        assert error.value is disk_is_full
+        assert not saver.failed and not watch.passed()
+        assert saved_in(tmp_path) == []
+        saver.save(some(3), step=3, epoch=0)
+    assert saved_in(tmp_path) == [3]
+
+
+def refuse() -> None:
+    raise StorageError("the disk is full")
+
+
+def test_an_error_at_the_end_is_raised(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StorageError, match="the disk is full"),
+        saver_in(tmp_path, flush=refuse) as saver,
+    ):
+        saver.save(some(1), step=1, epoch=0)
+
+
+def save_and_diverge(saver: Saver, *, then: Callable[[], None] = lambda: None) -> None:
+    with saver:
+        saver.save(some(1), step=1, epoch=0)
+        then()
+        raise Diverged("the loss is not finite")
+
+
+def test_the_first_error_counts_and_the_second_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Diverged):
+        save_and_diverge(saver_in(tmp_path, flush=refuse))
+    assert "the disk is full" in caplog.text
+
+
+def test_an_error_of_the_training_waits_for_a_good_save(tmp_path: Path, gate: Gate) -> None:
+    opener = threading.Thread(target=lambda: (wait_for(lambda: gate.reached), gate.open()))
+    with pytest.raises(Diverged):
+        save_and_diverge(saver_in(tmp_path, flush=gate), then=opener.start)
+    opener.join()
+    assert_same_states(load(tmp_path, 1).states, some(1))
+
+
+@pytest.mark.parametrize("looks", [1, 2])  # before anything is written; before it gets its name
+def test_a_fence_that_falls_while_it_is_written(tmp_path: Path, looks: int) -> None:
+    asked = []
+
+    def allowed() -> None:
+        asked.append(1)
+        if len(asked) == looks + 2:  # the first save asks twice
+            raise Superseded("it belongs to a later attempt now")
+
+    saver = saver_in(tmp_path, allowed=allowed)
+    saver.save(some(1), step=1, epoch=0)
+    saver.wait()
+    before = tree(tmp_path)
+    saver.save(some(2), step=2, epoch=0)
+    with pytest.raises(Superseded, match="later attempt"):
+        saver.wait()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("refusal", ["full", "read-only"])
+def test_a_disk_that_refuses_leaves_the_older_one_whole(
+    refusal: str, tmp_path: Path, gate: Gate
+) -> None:
+    with small_disk(tmp_path / "disk") as disk, saver_in(disk, flush=gate) as saver:
+        gate.open()
+        saver.save(some(1), step=1, epoch=0)
+        saver.wait()
+        if refusal == "full":
+            fill(disk, 4096)
+        else:
+            make_read_only(disk)
+        before = tree(disk)
+        saver.save(some(2, 50_000), step=2, epoch=0)
+        words = {"full": "No space left", "read-only": "Read-only file system"}
+        with pytest.raises(checkpoint.AgrivisionError, match=words[refusal]) as error:
+            saver.wait()
+        assert "\n" not in str(error.value)
+        assert tree(disk) == before
+        assert_same_states(load(disk, 1).states, some(1))
+
+
+def test_a_process_that_ends_without_waiting_ends_after_the_write(tmp_path: Path) -> None:
+    program = (
+        "import sys, time, torch; from pathlib import Path;"
+        "from agrivision.rundir import RunDirectory; from agrivision.training.saver import Saver;"
+        "saver = Saver(RunDirectory(Path(sys.argv[1])), keep_last=1, allowed=lambda: time.sleep(0.3));"
+        "saver.save({'m': {'w': torch.ones(9)}}, step=1, epoch=0)"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path], check=True, timeout=PATIENCE)
+    assert torch.equal(load(tmp_path, 1).states["m"]["w"], torch.ones(9))
+
+
+# In a run
+
+PLAIN = {"monitor__tensorboard": "false", "monitor__images": 0, "training__ema_decay": 0}
+
+
+def hold_up(rank: int, folder: Path, *, step: int, act: Callable[[Path], None]) -> None:
+    """Do something in the writing thread of a step's checkpoint before its first byte."""
+    original = checkpoint.save
+
+    def save(*args: Any, **kwargs: Any) -> Path:
+        if kwargs["step"] == step:
+            act(folder)
+        return original(*args, **kwargs)
+
+    checkpoint.save = save
+
+
+def until_trained(folder: Path, step: int) -> None:
+    """Wait until the run has trained that far: only possible while this write is in flight."""
+    wait_for(lambda: any(row.get("step", 0) >= step for row in rows(folder)))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    with suppress(FileNotFoundError, ValueError):
+        return metrics(folder)
+    return []
+
+
+def stop_later(folder: Path, step: int) -> None:
+    until_trained(folder, step)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die_later(folder: Path, step: int) -> None:
+    until_trained(folder, step)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_the_fence(folder: Path, step: int) -> None:
+    until_trained(folder, step)
+    attempt = folder / "attempt.json"
+    attempt.write_text(attempt.read_text().replace('"token": "', '"token": "not '))
+
+
+def find_the_disk_full(folder: Path, step: int) -> None:
+    until_trained(folder, step)
+    raise StorageError(f"cannot write {folder}: No space left on device")
+
+
+OPTIONS = PLAIN | {"training__checkpoint_every_steps": 6, "monitor__log_every_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    assert run(arguments(dataset, run_dir, **OPTIONS, training__evaluate_every_epochs=0)) == [0]
+    return run_dir
+
+
+@pytest.mark.parametrize("act", [stop_later, die_later])
+def test_interrupted_while_a_write_is_in_flight(
+    act: Callable[..., None], dataset: Path, tmp_path: Path, whole: Path
+) -> None:
+    """Step 6 is written while the training goes on to step 8 at least; then the signal comes."""
+    command = arguments(dataset, tmp_path, **OPTIONS, training__evaluate_every_epochs=0)
+    hook = partial(hold_up, folder=tmp_path, step=6, act=partial(act, step=8))
+    code = run(command, hook=hook)[0]
+    if act is stop_later:
+        assert code == ExitCode.STOPPED
+        found = saved_in(tmp_path)
+        assert found[0] == 6 and found[-1] >= 8  # both are whole: the stop waited for the first
+    else:
+        assert code == -signal.SIGKILL
+        assert saved_in(tmp_path) == []
+    assert run(command) == [0]
+    assert_same(tmp_path, whole)
+
+
+def save_two(rank: int, folder: Path, act: Callable[[Path], None]) -> None:
+    """Save after the steps 2 and 4, and never again unless somebody asks for it."""
+    from agrivision.training.run import _Run
+
+    _Run._save_is_due = lambda self, step: step.save or step.number in (2, 4)
+    hold_up(rank, folder, step=4, act=act)
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [(lose_the_fence, "belongs to a later attempt"), (find_the_disk_full, "No space left on device")],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_the_writer_meets_ends_all_ranks_soon(
+    ranks: int, act: Callable[..., None], said: str, dataset: Path, tmp_path: Path
+) -> None:
+    command = arguments(
+        dataset, tmp_path, **OPTIONS, training__evaluate_every_epochs=0, training__epochs=200
+    )
+    hook = partial(save_two, folder=tmp_path, act=partial(act, step=6))
+    endings = hear(command, ranks, hook=hook)
+    assert [ending.code for ending in endings] == [ExitCode.FAILED] * ranks
+    assert said in endings[0].complaint
+    assert all("rank 0 could not save" in ending.complaint for ending in endings[1:])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
+    assert load(tmp_path, 2).step == 2
+    assert 6 <= max(row["step"] for row in rows(tmp_path)) < 600  # of 1,200
+
+
+def count_allocations(rank: int, folder: Path) -> None:
+    from agrivision.training import saver
+
+    class Counted(Snapshot):
+        def __init__(self, states: Any) -> None:
+            super().__init__(states)
+            with (folder / "allocations").open("a") as file:
+                file.write(f"{rank}\n")
+
+    saver.Snapshot = Counted
+
+
+@pytest.mark.parametrize("channels_last", ["true", "false"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_allocates_once_and_on_rank_0_only(
+    optimizer: str, channels_last: str, dataset: Path, tmp_path: Path
+) -> None:
+    """Else a save would wait for the memory: what is there after the first step must fit to the end."""
+    changes = {"optimizer__name": optimizer, "training__channels_last": channels_last}
+    changes |= {"training__checkpoint_every_steps": 2, "training__ema_decay": 0.9}
+    hook = partial(count_allocations, folder=tmp_path)
+    for epochs in (1, 2):  # from the beginning, and from a checkpoint
+        (tmp_path / "allocations").unlink(missing_ok=True)
+        options = PLAIN | changes | {"training__epochs": epochs}
+        command = arguments(dataset, tmp_path / "run", **options)
+        assert run([*command, "--resume_with_changes"], 2, hook=hook) == [0, 0]
+        assert (tmp_path / "allocations").read_text() == "0\n"
+
+
+def test_a_score_is_written_when_its_checkpoint_is(dataset: Path, tmp_path: Path) -> None:
+    command = arguments(dataset, tmp_path, **OPTIONS | {"training__epochs": 1})
+    assert run(command, hook=partial(hold_up_scores, folder=tmp_path)) == [0]
+    assert saved_in(tmp_path) == [6]
+    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "evaluation"] == [6]
+
+
+def hold_up_scores(rank: int, folder: Path) -> None:
+    from agrivision.training import run as training
+    from agrivision.training.record import Record
+
+    evaluated, done = training.evaluate, threading.Event()
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        found = evaluated(*args, **kwargs)
+        assert saved_in(folder) == []  # the evaluation did not wait
+        done.set()
+        return found
+
+    original = Record.evaluated
+
+    def write_row(*args: Any) -> None:
+        assert saved_in(folder) == [6]  # its row does
+        original(*args)
+
+    def write_later(folder: Path) -> None:
+        assert done.wait(PATIENCE)
+
+    training.evaluate, Record.evaluated = evaluate, write_row
+    hold_up(rank, folder, step=6, act=write_later)
