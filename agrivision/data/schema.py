@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -166,7 +165,14 @@ class Schema:
         write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
     def _content(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self)
+        # By hand: dataclasses.asdict copies deeply, seconds for some ten thousand shards.
+        fields = dict(vars(self))
+        fields["parts"] = [vars(part) for part in self.parts]
+        fields["splits"] = {
+            name: {**vars(split), "shards": [vars(shard) for shard in split.shards]}
+            for name, split in self.splits.items()
+        }
+        fields["statistics"] = vars(self.statistics)
         fields["classes"] = [{"id": i, "name": name} for i, name in enumerate(self.classes)]
         return {"format": FORMAT, "version": VERSION, **fields, "label_bits": self.label_bits}
 
