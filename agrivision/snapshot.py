@@ -1,13 +1,17 @@
-"""A copy of the states of a run, in memory that is allocated once.
+"""A copy of the states of a run, in memory that is allocated once, made while training goes on.
 
-Training goes on as soon as the copy is made; what is written to the disk afterwards is the copy. A
-tensor keeps its own order of elements in it (channels last, for example), since to copy memory as it
-lies takes a fifth of the time that it takes to put the elements into another order on the way.
+Weights, the optimiser's moments and the weights' average change at the end of a step. There is time to
+copy them until then, behind the forward and the backward pass, which only read them. What a forward
+pass does change is copied at once, and so is all that is small.
+
+A tensor keeps its own order of elements in the copy (channels last, for example), since to copy memory
+as it lies takes a fifth of the time that it takes to put the elements into another order on the way.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +22,10 @@ import torch
 _ALIGNMENT = 64  # bytes; a cache line
 _PIECE_BYTES = 8 << 20  # what a thread copies at a time
 _MOST_THREADS = 8  # more do not copy faster: memory is the limit
+# Tensors of fewer bytes are copied at once. A forward pass changes running statistics, four bytes for
+# each channel of a layer, and no layer has 65,536: what is as large as this changes with the weights.
+# A UNet with 64 base channels has all but 2 of its 497 MB in tensors that large.
+_LARGE_BYTES = 256 << 10
 
 States = Mapping[str, Mapping[str, Any]]
 """By name: flat mappings of tensors and JSON values."""
@@ -25,9 +33,15 @@ States = Mapping[str, Mapping[str, Any]]
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 """Shape, strides and dtype of a tensor's copy."""
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""As bytes: where a tensor's copy goes, and the tensor."""
+
 
 class Snapshot:
     """Room for a copy of states, and the copy.
+
+    A copy has two halves. `begin` copies at once what the next forward pass may change; `finish`, in
+    another thread, the rest. Whoever is about to change the rest calls `wait` first.
 
     It takes as much of the host's memory as the tensors have bytes (497 MB for a UNet with 64 base
     channels, AdamW and an average), page-locked where one of them is on a GPU. All of it is touched
@@ -35,16 +49,13 @@ class Snapshot:
 
     Args:
         states: of the shapes that will be copied.
-
-    Attributes:
-        states: the copy, of the time of the last `take`; on the CPU.
     """
 
     def __init__(self, states: States) -> None:
         self._forms = _forms(states)
         size = sum(map(_room, self._forms.values()))
-        pinned = any(tensor.is_cuda for tensor in _tensors(states).values())
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()
+        devices = {tensor.device for tensor in _tensors(states).values() if tensor.is_cuda}
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=bool(devices)).zero_()
         self._bytes: dict[tuple[str, str], torch.Tensor] = {}
         self._copies: dict[tuple[str, str], torch.Tensor] = {}
         start = 0
@@ -53,38 +64,87 @@ class Snapshot:
             self._bytes[place] = content
             self._copies[place] = content.view(dtype).as_strided(shape, strides)
             start += _room(self._forms[place])
-        self.states: States = {}
+        self._states: States = {}
+        self._left: list[Pair] = []  # on the host, for `finish`
+        self._copied = threading.Event()
+        self._copied.set()
+        self._streams = {device: torch.cuda.Stream(device) for device in devices}  # type: ignore[no-untyped-call]
+        self._sent: list[Pair] = []  # on GPUs: nobody may free them on the way
+        self._arrivals: dict[torch.device, torch.cuda.Event] = {}
 
     def fits(self, states: States) -> bool:
         """Whether these states have the names, shapes, strides and dtypes that there is room for."""
         return _forms(states) == self._forms
 
-    def take(self, states: States) -> None:
-        """Copy the states; what changes in them afterwards changes nothing here.
+    def begin(self, states: States) -> None:
+        """Copy JSON values and small tensors, so that they may change; the large ones are `finish`'s.
+
+        On a GPU the copies are only asked for: the small ones before whatever it is asked next, the
+        large ones beside it.
 
         Args:
-            states: that fit.
+            states: that fit. The copy before was finished.
         """
-        tensors = _tensors(states)
-        on_host: list[tuple[torch.Tensor, torch.Tensor]] = []
-        devices = set()
-        for place, target in self._bytes.items():
-            source = _flat(tensors[place])
-            if source.is_cpu:
-                on_host.append((target, source))
+        pairs: list[Pair] = []
+        for place, tensor in _tensors(states).items():
+            if tensor.nbytes < _LARGE_BYTES:
+                self._copies[place].copy_(tensor, non_blocking=True)
             else:
-                target.copy_(source, non_blocking=True)
-                devices.add(source.device)
-        _copy_on_host(on_host)
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
-        self.states = {
+                pairs.append((self._bytes[place], _flat(tensor)))
+        self._left = [pair for pair in pairs if pair[1].is_cpu]
+        self._sent = [pair for pair in pairs if not pair[1].is_cpu]
+        if self._left:
+            self._copied.clear()
+        self._arrivals = self._send(self._sent)
+        self._states = {
             name: {
                 key: self._copies[name, key] if (name, key) in self._copies else copy.deepcopy(value)
                 for key, value in state.items()
             }
             for name, state in states.items()
         }
+
+    def wait(self) -> None:
+        """Wait until everything that was begun is copied; then the large tensors may change, too.
+
+        On a GPU it is the device that waits, before whatever it is asked next, and not the caller.
+        """
+        for device, arrival in self._arrivals.items():
+            torch.cuda.current_stream(device).wait_event(arrival)
+        self._copied.wait()
+
+    def finish(self) -> States:
+        """Copy what `begin` left; in a thread of its own, once.
+
+        Returns:
+            The states as they were at `begin`; on the CPU, good until the next `begin`.
+        """
+        try:
+            _copy_on_host(self._left)
+        finally:  # nobody waits for a copy that has failed
+            self._left = []
+            self._copied.set()
+        for arrival in self._arrivals.values():
+            arrival.synchronize()
+        self._arrivals, self._sent = {}, []
+        return self._states
+
+    def _send(self, pairs: list[Pair]) -> dict[torch.device, torch.cuda.Event]:
+        """Ask for copies on streams of their own; gives what happens on each GPU when all are made.
+
+        That includes copies that its current stream was asked for before.
+        """
+        arrivals = {}
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for target, source in pairs:
+                    if source.device == device:
+                        target.copy_(source, non_blocking=True)
+            # Whoever waits for it sleeps; by default it would keep a core busy.
+            arrivals[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            arrivals[device].record(stream)
+        return arrivals
 
 
 def _tensors(states: States) -> dict[tuple[str, str], torch.Tensor]:
@@ -118,7 +178,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _copy_on_host(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _copy_on_host(pairs: list[Pair]) -> None:
     """Copy bytes into targets from sources, on some threads.
 
     NumPy hands a piece to memcpy, which writes around the cache; torch's own copy is half as fast.

@@ -30,7 +30,12 @@ CLAIMS = {
     "prepare": {"L6"},
     "resume": {"L7"},
     "memory": {"L8"},
+    "step": {"T1"},
+    "ddp": {"T2"},
+    "order": {"S1"},
+    "gpu": {"G1", "G2", "G4"},
 }
+WITHOUT_DATA = {"step", "ddp", "order", "gpu"}
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +47,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return data.make(options, ("truth.json",))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("script", CLAIMS)
 @pytest.mark.timeout(900)
 def test_a_script_runs_and_its_report_is_whole(script: str, small: Data, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", "--json", str(out)]
-    command += ["--folder", str(small.root.parent), "--markdown"]
+    command += ["--markdown"]
+    if script not in WITHOUT_DATA:
+        command += ["--folder", str(small.root.parent)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -91,27 +93,34 @@ def test_a_dtype_that_the_format_does_not_know_is_not_written() -> None:
 # The copy
 
 
+def copied(states: dict[str, dict[str, Any]]) -> Any:
+    """The states as a snapshot gives them back."""
+    snapshot = Snapshot(states)
+    snapshot.begin(states)
+    return snapshot.finish()
+
+
 @settings(max_examples=60)
-@given(states=STATES)
-def test_a_copy_has_the_same_states(states: dict[str, dict[str, Any]]) -> None:
-    copied = Snapshot(states)
-    copied.take(states)
-    assert_same_states(copied.states, states)
-    assert list(copied.states) == list(states)
+@given(states=STATES, large=st.sampled_from([0, 1, 8, 100, 1 << 20]))
+def test_a_copy_has_the_same_states(states: dict[str, dict[str, Any]], large: int) -> None:
+    with patch.object(snapshot, "_LARGE_BYTES", large):
+        found = copied(states)
+    assert_same_states(found, states)
+    assert list(found) == list(states)
     for name, state in states.items():
-        assert list(copied.states[name]) == list(state)
+        assert list(found[name]) == list(state)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 100, 8 << 20])
+@pytest.mark.parametrize("large", [0, 1 << 30])
 def test_any_layout_is_copied_in_pieces_of_any_size(
-    size: int, layout: str, monkeypatch: pytest.MonkeyPatch
+    large: int, size: int, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot, "_PIECE_BYTES", size)
+    monkeypatch.setattr(snapshot, "_LARGE_BYTES", large)
     tensor = LAYOUTS[layout](torch.randn(7, 6, 5, 8))
-    copied = Snapshot({"all": {"t": tensor}})
-    copied.take({"all": {"t": tensor}})
-    assert raw(copied.states["all"]["t"]) == raw(tensor)
+    assert raw(copied({"all": {"t": tensor}})["all"]["t"]) == raw(tensor)
 
 
 def some_states() -> dict[str, dict[str, Any]]:
@@ -123,28 +132,95 @@ def some_states() -> dict[str, dict[str, Any]]:
     }
 
 
-def test_what_changes_afterwards_changes_nothing_in_the_copy() -> None:
-    states = some_states()
-    copied = Snapshot(states)
-    copied.take(states)
-    before = {key: raw(value) for key, value in copied.states["model"].items()}
-    for value in states["model"].values():
-        value.add_(1)
+def values(states: Any) -> dict[str, Any]:
+    tensors = {key: raw(value) for key, value in states["model"].items()}
+    return tensors | {"progress": states["progress"] | {"none": None}}
+
+
+def change(states: dict[str, dict[str, Any]], *names: str) -> None:
+    for name in names:
+        states["model"][name].add_(1)
     states["progress"]["sums"]["loss"].append(3.0)
     states["progress"]["sums"]["more"] = 1
-    assert {key: raw(value) for key, value in copied.states["model"].items()} == before
-    assert copied.states["progress"]["sums"] == {"loss": [1.0, 2.0]}
+
+
+def test_what_changes_afterwards_changes_nothing_in_the_copy() -> None:
+    states = some_states()
+    room = Snapshot(states)
+    room.begin(states)
+    found = room.finish()
+    before = values(found)
+    change(states, *states["model"])
+    assert values(found) == before
+    assert found["progress"]["sums"] == {"loss": [1.0, 2.0]}
+
+
+def test_small_tensors_and_values_may_change_before_the_large_ones_are_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = some_states()
+    size = states["model"]["weight"].nbytes
+    room = Snapshot(states)
+    for large in (size, size + 1):  # the weight is copied by `finish`; by `begin`
+        monkeypatch.setattr(snapshot, "_LARGE_BYTES", large)
+        states = some_states()
+        before = values(states)
+        room.begin(states)
+        change(states, "bias", "count", *(["weight"] if large > size else []))
+        before["progress"]["sums"] = {"loss": [1.0, 2.0]}
+        assert values(room.finish()) == before
+
+
+def test_whoever_waits_goes_on_when_all_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_LARGE_BYTES", 0)
+    states, events = some_states(), []
+
+    class Noted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            behind.start()  # nothing is copied before somebody waits for it
+            return super().wait(timeout)
+
+    copy_on_host = snapshot._copy_on_host
+
+    def copy(pairs: Any) -> None:
+        copy_on_host(pairs)
+        events.extend("copied" for _ in pairs)
+
+    room = Snapshot(states)
+    room.wait()  # for nothing
+    room._copied, behind = Noted(), threading.Thread(target=room.finish)
+    monkeypatch.setattr(snapshot, "_copy_on_host", copy)
+    room.begin(states)
+    room.wait()
+    events.append("waited")
+    behind.join()
+    assert events == ["copied"] * 5 + ["waited"]
+
+
+def test_nobody_waits_for_a_copy_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_LARGE_BYTES", 0)
+    states = some_states()
+    room = Snapshot(states)
+    room.begin(states)
+    with monkeypatch.context() as broken:
+        broken.setattr(snapshot, "_cut", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            room.finish()
+    room.wait()
+    room.begin(states)
+    assert_same_states(room.finish(), states)
 
 
 def test_the_memory_is_the_same_each_time_and_lies_as_the_tensors_do() -> None:
     states = some_states()
-    copied = Snapshot(states)
-    copied.take(states)
-    first = copied.states["model"]
+    room = Snapshot(states)
+    room.begin(states)
+    first = room.finish()["model"]
     states["model"]["weight"].mul_(-2)
-    copied.take(states)
-    second = copied.states["model"]
-    assert_same_states(copied.states, states)
+    room.begin(states)
+    again = room.finish()
+    assert_same_states(again, states)
+    second = again["model"]
     for key in first:
         assert first[key].data_ptr() == second[key].data_ptr()
         assert second[key].stride() == states["model"][key].stride()
@@ -165,31 +241,41 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_states_do_not_fit(change: str) -> None:
     states = some_states()
-    copied = Snapshot(states)
-    assert copied.fits(states)
-    assert copied.fits(some_states())
-    assert copied.fits(states | {"progress": states["progress"] | {"step": 4, "new": "value"}})
-    assert not copied.fits(states | {"model": CHANGES[change](states["model"])})
+    room = Snapshot(states)
+    assert room.fits(states)
+    assert room.fits(some_states())
+    assert room.fits(states | {"progress": states["progress"] | {"step": 4, "new": "value"}})
+    assert not room.fits(states | {"model": CHANGES[change](states["model"])})
 
 
 @pytest.mark.parametrize("threads", [1, 3, 16])
-def test_any_number_of_threads_copies_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [0, 2800, 1 << 30])
+def test_any_number_of_threads_copies_the_same(
+    large: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(snapshot, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(snapshot, "_LARGE_BYTES", large)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     states = {"all": {str(size): torch.randn(size, 7) for size in range(200)}}
-    copied = Snapshot(states)
-    copied.take(states)
-    assert_same_states(copied.states, states)
+    assert_same_states(copied(states), states)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_tensors_of_a_gpu_are_copied_into_page_locked_memory() -> None:
+@pytest.mark.parametrize("large", [0, 50, 1 << 30])
+def test_a_gpu_waits_for_the_copy_and_the_program_does_not(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "_LARGE_BYTES", large)
     states = some_states()
+    expected = values(states)
     states["model"] = {key: value.cuda() for key, value in states["model"].items()}
-    copied = Snapshot(states)
-    copied.take(states)
-    assert all(value.is_pinned() for value in copied.states["model"].values())
-    for key, value in states["model"].items():
-        assert raw(copied.states["model"][key]) == raw(value.cpu())
+    room = Snapshot(states)
+    room.begin(states)
+    room.wait()  # `finish`, which waits for the device, comes later
+    for value in states["model"].values():
         value.add_(1)  # on the device, after the copy
-        assert raw(copied.states["model"][key]) != raw(value.cpu())
+    found = room.finish()
+    assert all(value.is_pinned() for value in found["model"].values())
+    assert values(found) == expected
+    for key, value in states["model"].items():
+        assert expected[key] != raw(value.cpu())

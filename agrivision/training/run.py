@@ -340,6 +340,7 @@ class _Run:
             flush=record.flush,
             saved=self._check_warning,
         )
+        trainer.before_change = self._saver.copied  # on rank 0 alone there is anything to wait for
         self._clock = SaveWatch(
             self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None,
             saver=self._saver,

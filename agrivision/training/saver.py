@@ -1,9 +1,10 @@
-"""Checkpoints behind the training: it stands still for a copy, not for the disk.
+"""Checkpoints behind the training: it stands still neither for the disk nor, if it can, for a copy.
 
-`save` copies the states into memory that is there already, and returns; a thread writes the copy, with
-all that a checkpoint promises. There is never more than one such thread: whoever saves again before
-the one before is on the disk, waits for it. What the thread meets is raised by the next `save` or
-`wait`; until then `failed` says so, so that the ranks may meet soon.
+`save` copies what is small into memory that is there already, and returns. A thread copies the rest
+while the next step computes its gradients, and writes the copy, with all that a checkpoint promises.
+`copied` stands before whatever changes the weights. There is never more than one such thread: whoever
+saves again before the one before is on the disk, waits for it. What the thread meets is raised by the
+next `save` or `wait`; until then `failed` says so, so that the ranks may meet soon.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Saver:
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._stood = 0.0  # seconds that the last save has kept the training
+        self._standing = threading.Lock()  # held while it stands in `copied`
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +89,8 @@ class Saver:
         """Copy the states, and write the copy while the training goes on.
 
         Args:
-            states: by name: flat mappings of tensors and JSON values.
+            states: by name: flat mappings of tensors and JSON values. What a forward pass changes may
+                change when this returns (see `Snapshot`), the rest when `copied` has returned.
             step: optimiser steps done.
             epoch: whole epochs done.
             milestone: keep it for good.
@@ -97,22 +101,37 @@ class Saver:
         begin = time.perf_counter()
         self.wait()
         snapshot = self._room_for(states)
-        snapshot.take(states)
-        stood = time.perf_counter() - begin
+        snapshot.begin(states)
+        self._stood = time.perf_counter() - begin
 
         def write() -> None:
             try:
-                name = self._write(snapshot.states, step=step, epoch=epoch, milestone=milestone)
+                name = self._write(snapshot.finish(), step=step, epoch=epoch, milestone=milestone)
             except BaseException as error:  # it is raised where somebody waits
                 self._error = error
                 return
             seconds = time.perf_counter() - begin
             line = "step %d saved in %.1f s, training stood still for %.0f ms: %s"
+            with self._standing:
+                stood = self._stood
             log.info(line, step, seconds, 1000 * stood, name)
             self._saved(seconds)
 
         self._thread = threading.Thread(target=write, name=f"save step {step}")
         self._thread.start()
+
+    def copied(self) -> None:
+        """Wait until what was saved is copied; call it before weights, moments or the average change.
+
+        On a GPU the device waits, not the caller. What goes wrong with a copy is raised by the next
+        `save` or `wait`.
+        """
+        if self._snapshot is None:
+            return
+        with self._standing:
+            begin = time.perf_counter()
+            self._snapshot.wait()
+            self._stood += time.perf_counter() - begin
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.

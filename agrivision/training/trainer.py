@@ -92,6 +92,9 @@ class Trainer:
         optimizer: of its parameters.
         average: of its weights, None where the configuration wants none.
         trouble: why this rank cannot read its next batch.
+        before_change: called before weights, the optimiser's moments or the average change, so that
+            somebody who still copies them can be waited for. Between two calls a step only computes
+            gradients, and changes nothing but BatchNorm's running statistics.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optimizer)
         self.average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
         self.trouble: DatasetError | None = None
+        self.before_change: Callable[[], None] = lambda: None
         self._config, self._augment, self._loader = config, augment, loader
         self._ranks, self._device, self._upload = ranks, device, Upload(device)
         self._places = loader.order.share(ranks.world.rank, ranks.world.size)
@@ -149,6 +153,7 @@ class Trainer:
         Raises:
             CheckpointError: it belongs to another model or another optimiser.
         """
+        self.before_change()
         try:
             self.model.load_state_dict(states["model"])
             if self.average is not None:
@@ -310,6 +315,7 @@ class Trainer:
         norm = self.optimizer.clip()
         good = self.tally.count(losses / batch.whole.count, norm, progress.step + 1)
         rate = self._learning_rate()
+        self.before_change()
         with record_function("agrivision: optimiser"):
             self.optimizer.step(rate, good)
         for buffer, value in zip(self._statistics, self._before, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -90,3 +91,37 @@ def test_a_uniform_mask_of_another_size_is_none(tmp_path):
     for _ in range(2):
         with pytest.raises(Flaw, match="7 x 5 pixels with 1 band where 5 x 7 pixels with 1 band"):
             MaskReader(size=SIZE).read(path)
+
+
+def test_libpng_and_pillow_read_the_same(monkeypatch, tmp_path):
+    path = tmp_path / "mask.png"
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        values = random.choice([0, 0, 1, 255], SIZE).astype(np.uint8)
+        path.write_bytes(png(values, "L"))
+        fast = MaskReader(size=SIZE).read(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_is_plain", lambda *_: False)
+            np.testing.assert_array_equal(whole(MaskReader(size=SIZE).read(path)), whole(fast))
+
+
+def test_pixels_whose_own_checksum_differs_are_refused(tmp_path):
+    """The chunk is whole, but what is compressed in it is not."""
+    content = bytearray(png(np.arange(35).reshape(SIZE) % 3, "L"))
+    start = content.index(b"IDAT")
+    size = int.from_bytes(content[start - 4 : start], "big")
+    content[start + 4 + size - 1] ^= 1
+    checksum = zlib.crc32(content[start : start + 4 + size])
+    content[start + 4 + size : start + 8 + size] = checksum.to_bytes(4, "big")
+    path = tmp_path / "mask.png"
+    path.write_bytes(content)
+    with pytest.raises(Flaw, match="not a whole PNG"):
+        MaskReader(size=SIZE).read(path)
+
+
+def test_a_wrong_size_is_known_from_the_header(monkeypatch, tmp_path):
+    path = tmp_path / "mask.png"
+    path.write_bytes(png(np.zeros((9, 5)), "L"))
+    monkeypatch.setattr(module.imagecodecs, "png_decode", None)
+    with pytest.raises(Flaw, match="5 x 9 pixels with 1 band where 5 x 7"):
+        MaskReader(size=SIZE).read(path)

@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from agrivision import checkpoint
+from agrivision import checkpoint, snapshot
 from agrivision.errors import Diverged, ExitCode, StorageError, Superseded
 from agrivision.rundir import RunDirectory
 from agrivision.snapshot import Snapshot
+from agrivision.training import saver as saving
 from agrivision.training.saver import Saver, SaveWatch
+from agrivision.training.trainer import Trainer
 from tests.disks import fill, make_read_only, small_disk
 from tests.heard import hear
 from tests.ranks import run
@@ -94,11 +97,121 @@ def test_training_goes_on_while_it_is_written_and_changes_nothing(tmp_path: Path
     states = some(1)
     with saver_in(tmp_path, flush=gate) as saver:
         saver.save(states, step=1, epoch=0)  # returns, though nothing can be written
+        saver.copied()
         states["model"]["weight"].fill_(5)
         states["progress"]["sums"]["loss"] = 5
         assert saved_in(tmp_path) == []
         gate.open()
     assert_same_states(load(tmp_path, 1).states, some(1))
+
+
+def training_stands(*functions: Callable[..., Any]) -> bool:
+    """Whether the main thread waits for another one, and is in these functions."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    waits, codes = frame.f_code.co_filename == threading.__file__, set()
+    while frame is not None:
+        codes.add(frame.f_code)
+        frame = frame.f_back  # type: ignore[assignment]
+    return waits and codes >= {function.__code__ for function in functions}
+
+
+def hold_up_copies(
+    act: Callable[[], object],
+    *,
+    count: int = 1,
+    large: int = 0,
+    put: Callable[[Any, str, Any], None] = setattr,
+) -> None:
+    """Do something in the thread of the first copies before a large tensor is copied.
+
+    Args:
+        act: what to do.
+        count: how many copies it is done for.
+        large: bytes from which on a tensor is large.
+        put: sets an attribute.
+    """
+    original, calls = Snapshot.finish, []
+
+    def finish(self: Snapshot) -> Any:
+        assert self._left
+        calls.append(1)
+        if len(calls) <= count:
+            act()
+        return original(self)
+
+    put(Snapshot, "finish", finish)
+    put(snapshot, "_LARGE_BYTES", large)
+
+
+def test_what_is_saved_is_copied_before_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each copy begins when the training waits for it already."""
+    act = partial(wait_for, partial(training_stands, Saver.copied, Snapshot.wait))
+    hold_up_copies(act, count=3, put=monkeypatch.setattr)
+    states = some(1)
+    with saver_in(tmp_path) as saver:
+        saver.copied()  # nothing was saved yet
+        for step in (1, 2, 3):
+            saver.save(states, step=step, epoch=0)
+            states["progress"] |= some(step + 1)["progress"]  # at once
+            saver.copied()
+            states["model"]["weight"].fill_(step + 1)
+            saver.copied()  # of what is copied already
+    for step in (1, 2, 3):
+        assert_same_states(load(tmp_path, step).states, some(step))
+
+
+def test_the_log_says_how_long_training_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    begin, wait = Snapshot.begin, Snapshot.wait
+
+    def take_a_second(self: Snapshot, states: Any) -> None:
+        now[0] += 1
+        begin(self, states)
+
+    def wait_two(self: Snapshot) -> None:
+        wait(self)
+        now[0] += 2
+
+    monkeypatch.setattr(saving, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Snapshot, "begin", take_a_second)
+    monkeypatch.setattr(Snapshot, "wait", wait_two)
+    hold_up_copies(
+        lambda: wait_for(partial(training_stands, wait_two)), count=2, put=monkeypatch.setattr
+    )
+    caplog.set_level("INFO")
+    with saver_in(tmp_path) as saver:
+        for step in (1, 2):
+            saver.save(some(step), step=step, epoch=0)
+            saver.copied()
+            saver.wait()
+    stood = [row.getMessage() for row in caplog.records if "stood still" in row.getMessage()]
+    assert [line.partition(": ")[0] for line in stood] == [
+        f"step {step} saved in 3.0 s, training stood still for 3000 ms" for step in (1, 2)
+    ]
+
+
+def test_an_error_of_the_copy_is_raised_by_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise StorageError("the memory is broken")
+
+    hold_up_copies(lambda: None, put=monkeypatch.setattr)
+    with saver_in(tmp_path) as saver:
+        with monkeypatch.context() as broken:
+            broken.setattr(snapshot, "_cut", lambda *_: fail())
+            saver.save(some(1), step=1, epoch=0)
+            saver.copied()  # nobody waits for ever
+            wait_for(lambda: saver.failed)
+        with pytest.raises(StorageError, match="memory is broken"):
+            saver.save(some(2), step=2, epoch=0)
+        assert saved_in(tmp_path) == []
+        saver.save(some(3), step=3, epoch=0)
+    assert saved_in(tmp_path) == [3]
 
 
 def test_the_second_save_waits_for_the_first(
@@ -336,6 +449,106 @@ def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+LARGE = 600  # bytes: kernels; a forward pass of these networks changes tensors of 64
+
+
+def copies_behind_steps(rank: int) -> None:
+    """The first two copies begin when the step after is about to change the weights, and waits."""
+    stands = partial(training_stands, Trainer._finish, Saver.copied, Snapshot.wait)
+    hold_up_copies(partial(wait_for, stands), count=2 * (rank == 0), large=LARGE)
+
+
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "two ranks": (2, {"data__batch_size": 8}),
+    "sgd, in rows": (1, {"optimizer__name": "sgd", "training__channels_last": "false"}),
+    "micro-batches": (1, {"training__micro_batch_size": 2}),
+    "invariant": (2, {"training__micro_batch_size": 3, "training__invariant": "true"}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_copies_behind_a_step_have_the_bits_from_before_it(
+    variant: str, dataset: Path, tmp_path: Path
+) -> None:
+    ranks, options = VARIANTS[variant]
+    options = OPTIONS | {"training__evaluate_every_epochs": 0, "training__ema_decay": 0.9} | options
+    for name, hook in (("plain", None), ("behind", copies_behind_steps)):
+        command = arguments(dataset, tmp_path / name, **options)
+        assert run(command, ranks, hook=hook) == [0] * ranks
+    plain, behind = (
+        checkpoint.entries(tmp_path / name / "checkpoints") for name in ("plain", "behind")
+    )
+    assert len(plain) >= 3
+    assert [entry.files for entry in behind] == [entry.files for entry in plain]
+    assert_same(tmp_path / "behind", tmp_path / "plain")
+
+
+def kill_during_a_copy(rank: int, number: signal.Signals) -> None:
+    def act() -> None:
+        os.kill(os.getpid(), number)
+        wait_for(partial(training_stands, Trainer._finish, Snapshot.wait))
+
+    hold_up_copies(act, large=LARGE)
+
+
+def diverge_during_a_copy(rank: int) -> None:
+    raised = threading.Event()
+    agree, calls = Trainer._agree, []
+
+    def fail(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 6:
+            raised.set()
+            raise Diverged("the loss is not finite")
+        return agree(*args)
+
+    Trainer._agree = fail
+    hold_up_copies(lambda: raised.wait(PATIENCE), large=LARGE)
+
+
+def evaluate_during_a_copy(rank: int, folder: Path) -> None:
+    hold_up_scores(rank, folder, hold_up=lambda act: hold_up_copies(act, large=LARGE))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_while_a_copy_is_in_flight(
+    number: signal.Signals, dataset: Path, tmp_path: Path, whole: Path
+) -> None:
+    command = arguments(dataset, tmp_path, **OPTIONS, training__evaluate_every_epochs=0)
+    code = run(command, hook=partial(kill_during_a_copy, number=number))[0]
+    if number is signal.SIGTERM:
+        assert code == ExitCode.STOPPED
+        found = saved_in(tmp_path)
+        assert found[0] == 6 and found[-1] in (7, 8)
+    else:
+        assert code == -signal.SIGKILL
+        assert saved_in(tmp_path) == []
+    assert run(command) == [0]
+    assert_same(tmp_path, whole)
+
+
+def test_an_error_while_a_copy_is_in_flight_leaves_a_whole_checkpoint(
+    dataset: Path, tmp_path: Path, whole: Path
+) -> None:
+    command = arguments(dataset, tmp_path, **OPTIONS, training__evaluate_every_epochs=0)
+    assert run(command, hook=diverge_during_a_copy) == [Diverged.exit_code]
+    (left,) = checkpoint.entries(tmp_path / "checkpoints")
+    (same,) = (e for e in checkpoint.entries(whole / "checkpoints") if e.step == 6)
+    assert (left.step, left.files) == (6, same.files)
+    assert run(command) == [0]
+    assert_same(tmp_path, whole)
+
+
+def test_an_evaluation_while_a_copy_is_in_flight(dataset: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"training__epochs": 1, "training__ema_decay": 0.9}
+    plain, behind = tmp_path / "plain", tmp_path / "behind"
+    assert run(arguments(dataset, plain, **options)) == [0]
+    hook = partial(evaluate_during_a_copy, folder=behind)
+    assert run(arguments(dataset, behind, **options), hook=hook) == [0]
+    assert_same(behind, plain)
+
+
 @pytest.mark.parametrize("act", [stop_later, die_later])
 def test_interrupted_while_a_write_is_in_flight(
     act: Callable[..., None], dataset: Path, tmp_path: Path, whole: Path
@@ -415,12 +628,18 @@ def test_a_run_allocates_once_and_on_rank_0_only(
 
 def test_a_score_is_written_when_its_checkpoint_is(dataset: Path, tmp_path: Path) -> None:
     command = arguments(dataset, tmp_path, **OPTIONS | {"training__epochs": 1})
-    assert run(command, hook=partial(hold_up_scores, folder=tmp_path)) == [0]
+    hook = partial(evaluate_during_a_write, folder=tmp_path)
+    assert run(command, hook=hook) == [0]
     assert saved_in(tmp_path) == [6]
     assert [row["step"] for row in rows(tmp_path) if row["kind"] == "evaluation"] == [6]
 
 
-def hold_up_scores(rank: int, folder: Path) -> None:
+def evaluate_during_a_write(rank: int, folder: Path) -> None:
+    hold_up_scores(rank, folder, hold_up=lambda act: hold_up(rank, folder, step=6, act=lambda _: act()))
+
+
+def hold_up_scores(rank: int, folder: Path, *, hold_up: Callable[[Callable[[], object]], None]) -> None:
+    """Let a checkpoint wait until it was evaluated; `hold_up` is told how."""
     from agrivision.training import run as training
     from agrivision.training.record import Record
 
@@ -438,8 +657,8 @@ def hold_up_scores(rank: int, folder: Path) -> None:
         assert saved_in(folder) == [6]  # its row does
         original(*args)
 
-    def write_later(folder: Path) -> None:
+    def act() -> None:
         assert done.wait(PATIENCE)
 
     training.evaluate, Record.evaluated = evaluate, write_row
-    hold_up(rank, folder, step=6, act=write_later)
+    hold_up(act)

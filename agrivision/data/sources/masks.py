@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from agrivision.data.parts import describe
 from agrivision.data.sources.source import Flaw, content_of
+from agrivision.errors import DatasetError
 
 Mask = NDArray[np.bool_] | bool  # (height, width), or what holds for every pixel
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PLAIN = {b"IHDR", b"IDAT", b"IEND"}
 _KNOWN = 16  # uniform masks to remember; one encoder writes two
 
 
@@ -54,27 +59,52 @@ class MaskReader:
 
     def _decode(self, path: Path | str, content: bytes) -> NDArray[np.bool_]:
         try:
-            _check_png(content)
-            with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
-                shape = (image.height, image.width, len(image.getbands()))
-                if shape != (*self.size, 1):
-                    what = f"{describe(shape)} where {describe((*self.size, 1))} belong"
-                    raise Flaw(path, "wrong size", what)
-                mask: NDArray[np.bool_] = np.greater(np.asarray(image), 0)
-        except (OSError, SyntaxError, ValueError) as error:
+            decode = _fast if _is_plain(content, _chunks(content)) else _any
+            pixels = decode(content, self.size)
+        except DatasetError as error:
+            raise Flaw(path, "wrong size", str(error)) from None
+        except (OSError, SyntaxError, ValueError, imagecodecs.PngError) as error:
             raise Flaw(path, "unreadable", f"not a whole PNG ({error})") from None
-        return mask
+        return np.greater(pixels, 0)
 
 
-def _check_png(content: bytes) -> None:
-    """Compare the checksum of every chunk: Pillow takes the pixels' chunks as they come.
+def _fast(content: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Pixels of a plain grey PNG: libpng alone takes half of the time that Pillow does."""
+    height, width = int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
+    _check_shape((height, width, 1), size)
+    pixels: NDArray[np.uint8] = imagecodecs.png_decode(content)
+    return pixels
+
+
+def _any(content: bytes, size: tuple[int, int]) -> NDArray[Any]:
+    """Pixels of a PNG of any kind; of one with a palette the indexes."""
+    with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
+        _check_shape((image.height, image.width, len(image.getbands())), size)
+        return np.asarray(image)
+
+
+def _check_shape(shape: tuple[int, int, int], size: tuple[int, int]) -> None:
+    if shape != (*size, 1):
+        raise DatasetError(f"{describe(shape)} where {describe((*size, 1))} belong")
+
+
+def _is_plain(content: bytes, chunks: Sequence[bytes]) -> bool:
+    """Grey, 8 bits, not interlaced, and with nothing in it that could change the pixels."""
+    if chunks[0] != b"IHDR" or len(content) <= 28:
+        return False
+    depth, colour, interlace = content[24], content[25], content[28]
+    return (depth, colour, interlace) == (8, 0, 0) and set(chunks) <= _PLAIN
+
+
+def _chunks(content: bytes) -> list[bytes]:
+    """Kinds of the chunks; compares the checksum of each, since Pillow takes pixels as they come.
 
     Raises:
         ValueError: it is not a PNG, is damaged, or ends early.
     """
     if not content.startswith(_PNG):
         raise ValueError("its first bytes are not those of a PNG")
-    start, kind = len(_PNG), b""
+    start, kind, kinds = len(_PNG), b"", []
     while kind != b"IEND":
         size, kind = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
         end = start + 8 + size
@@ -83,3 +113,5 @@ def _check_png(content: bytes) -> None:
         if zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
             raise ValueError("it is damaged: a checksum differs")
         start = end + 4
+        kinds.append(kind)
+    return kinds
