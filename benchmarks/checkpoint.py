@@ -114,7 +114,7 @@ class Trained:
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = torch.nn.functional.cross_entropy(self.model(self._images), self._labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def change(self) -> None:
         """The second half: weights, moments and average change."""
@@ -253,7 +253,9 @@ def dcp_saver(folder: Path, **how: Any) -> Callable[[Trained], Callable[[], obje
 
     def save(states: Trained) -> Callable[[], object]:
         place = folder / str(next(numbers))
-        future = dcp.async_save(dict(states()), checkpoint_id=place, **how)
+        future = dcp.async_save(  # type: ignore[attr-defined]
+            dict(states()), checkpoint_id=place, **how
+        )
 
         def finish() -> None:
             future.result()  # type: ignore[union-attr]
@@ -267,7 +269,10 @@ def dcp_saver(folder: Path, **how: Any) -> Callable[[Trained], Callable[[], obje
 def kept_staging(folder: Path, device: torch.device) -> dict[str, Any]:
     """What makes async_save use the same buffers each time."""
     if device.type == "cuda":
-        return {"storage_writer": dcp.FileSystemWriter(folder, cache_staged_state_dict=True)}
+        writer = dcp.FileSystemWriter(  # type: ignore[attr-defined]
+            folder, cache_staged_state_dict=True
+        )
+        return {"storage_writer": writer}
     nothing_of_a_gpu = StagingOptions(
         use_pinned_memory=False,
         use_shared_memory=False,
@@ -325,7 +330,8 @@ def seconds_in(wait: Callable[[], None], device: torch.device) -> float:
 def alone(device: torch.device) -> Iterator[None]:
     """A process group of one rank, which async_save wants."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
     finally:
