@@ -42,6 +42,9 @@ _BLOCK = tarfile.BLOCKSIZE
 _INDEX_BYTES = 32 << 20  # of the indexes that a reader keeps; a shard of 128 tiles takes some 25 kB
 _MOST_OPEN = 256  # shards that a reader keeps open, where the process may open that many
 
+# numpy parses an array's header with `ast`, which in Python 3.11 fails now and then if two threads do it
+# at once (SystemError: AST constructor recursion depth mismatch).
+_HEADER = threading.Lock()
 _V = TypeVar("_V")
 
 
@@ -283,7 +286,8 @@ def _read_index(folder: Path, info: ShardInfo, files: int) -> NDArray[np.void]:
         raise DatasetError(f"cannot open {path}: {error.strerror}") from None
     if xxhash.xxh3_128_hexdigest(content) != info.index:
         raise DatasetError(f"{path} is damaged: its checksum differs; copy it again")
-    index: NDArray[np.void] = np.load(io.BytesIO(content), allow_pickle=False)
+    with _HEADER:
+        index: NDArray[np.void] = np.load(io.BytesIO(content), allow_pickle=False)
     if len(index) != info.tiles or index["offsets"].shape[1:] != (files,):
         raise DatasetError(f"{path} does not describe {info.tiles} tiles of {files} files")
     return index
