@@ -28,6 +28,8 @@ from agrivision.data.shards import Scratch, SplitReader
 from agrivision.errors import ConfigurationError, DatasetError
 from agrivision.world import World
 
+_PLANNED = 32  # steps whose tiles are looked up at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -215,6 +217,7 @@ class TrainLoader:
             pinned=pinned,
             files=decoder == "gpu",
         )
+        self._planned: deque[tuple[GlobalBatch, list[int]]] = deque()
         self._pending: deque[tuple[Batch, _Work]] = deque()
 
     def seek(self, cursor: int) -> None:
@@ -247,9 +250,10 @@ class TrainLoader:
         return batch
 
     def _start_one(self) -> None:
-        whole = self.order.batch(self._ahead)
         mine = self.order.share(self.world.rank, self.world.size)
-        tiles = self.order.tiles(whole, mine).tolist()
+        if not self._planned or self._planned[0][0].cursor != self._ahead:
+            self._planned = deque(self.order.ahead(self._ahead, mine, _PLANNED))
+        whole, tiles = self._planned.popleft()
         count = min(max(whole.count - mine.start, 0), len(tiles))
         pixels, work = self._decoder.start(tiles)
         self._pending.append((Batch(pixels=pixels, tiles=tiles, count=count, whole=whole), work))

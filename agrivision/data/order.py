@@ -8,6 +8,7 @@ sees the same samples in the same steps.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -213,12 +214,41 @@ class Order:
             batch: as from `batch`.
             places: which of its samples; None for all.
         """
-        start, stop, _ = (places or slice(None)).indices(self.batch_size)
+        return self._at(self._positions(batch, places or slice(None)), batch.epoch)
+
+    def ahead(self, cursor: int, places: slice, steps: int) -> list[tuple[GlobalBatch, list[int]]]:
+        """The next batches, and the tiles at some places of each: as `batch` and `tiles`, at once.
+
+        Numpy takes nearly as long for one step's positions as for those of thirty.
+
+        Args:
+            cursor: samples consumed before the first.
+            places: which of a batch's samples.
+            steps: how many batches.
+        """
+        batches = [self.batch(cursor)]
+        while len(batches) < steps:
+            batches.append(self.batch(batches[-1].next_cursor))
+        planned: list[tuple[GlobalBatch, list[int]]] = []
+        for epoch, some in itertools.groupby(batches, key=lambda batch: batch.epoch):
+            same = list(some)
+            positions = np.stack([self._positions(batch, places) for batch in same])
+            tiles = self._at(positions.reshape(-1), epoch).reshape(positions.shape)
+            rows: list[list[int]] = tiles.tolist()
+            planned += zip(same, rows, strict=True)
+        return planned
+
+    def _positions(self, batch: GlobalBatch, places: slice) -> NDArray[np.int64]:
+        """Positions in the epoch; what fills up its last batch is taken from its beginning."""
+        start, stop, _ = places.indices(self.batch_size)
         first = batch.cursor % self.size
-        positions = np.arange(first + start, first + stop, dtype=np.int64) % self.size
+        return np.arange(first + start, first + stop, dtype=np.int64) % self.size
+
+    def _at(self, positions: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Tiles at positions of an epoch."""
         if self.window is None:
-            return permuted(positions, self.size, self.seed, batch.epoch)
-        return windowed(self._in_lanes(positions), self.size, self.window, self.seed, batch.epoch)
+            return permuted(positions, self.size, self.seed, epoch)
+        return windowed(self._in_lanes(positions), self.size, self.window, self.seed, epoch)
 
     def _in_lanes(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Position in the epoch → position on the permuted split, of which each lane has a stretch."""

@@ -42,8 +42,8 @@ _BLOCK = tarfile.BLOCKSIZE
 _INDEX_BYTES = 32 << 20  # of the indexes that a reader keeps; a shard of 128 tiles takes some 25 kB
 _MOST_OPEN = 256  # shards that a reader keeps open, where the process may open that many
 
-# numpy parses an array's header with `ast`, which in Python 3.11 fails now and then if two threads do it
-# at once (SystemError: AST constructor recursion depth mismatch).
+# numpy parses an array's header with `ast`, which in Python 3.11 fails now and then if two threads do
+# it at once (SystemError: AST constructor recursion depth mismatch).
 _HEADER = threading.Lock()
 _V = TypeVar("_V")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agrivision.data.order import Order, Stream, generator, permuted, share, windowed
@@ -84,6 +84,27 @@ def test_windows_make_a_permutation(size: int, window: int, seed: int, epoch: in
     assert sorted(order.tolist()) == list(range(size))
     position = seed % size
     assert windowed(np.array([position]), size, window, seed, epoch)[0] == order[position]
+
+
+@settings(max_examples=30)
+@given(
+    size=st.integers(1, 300),
+    batch_size=st.integers(1, 64),
+    window=st.none() | st.integers(2, 400),
+    cursor=st.integers(0, 1000),
+    steps=st.integers(1, 40),
+)
+def test_what_is_planned_ahead_is_what_comes(
+    size: int, batch_size: int, window: int | None, cursor: int, steps: int
+) -> None:
+    order = Order(size=size, batch_size=batch_size, seed=1, window=window)
+    places = order.share(batch_size // 2, batch_size)
+    planned = order.ahead(cursor, places, steps)
+    assert len(planned) == steps
+    for batch, tiles in planned:
+        assert batch == order.batch(cursor)
+        assert tiles == order.tiles(batch, places).tolist()
+        cursor = batch.next_cursor
 
 
 def test_a_rank_reads_few_places_of_a_large_split_at_a_time() -> None:
