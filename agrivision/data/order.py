@@ -234,8 +234,7 @@ class Order:
             same = list(some)
             positions = np.stack([self._positions(batch, places) for batch in same])
             tiles = self._at(positions.reshape(-1), epoch).reshape(positions.shape)
-            rows: list[list[int]] = tiles.tolist()
-            planned += zip(same, rows, strict=True)
+            planned += [(batch, row.tolist()) for batch, row in zip(same, tiles, strict=True)]
         return planned
 
     def _positions(self, batch: GlobalBatch, places: slice) -> NDArray[np.int64]:
