@@ -37,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("T1: the step", args, packages=("segmentation-models-pytorch", "timm"))
     ours = config(base=args.base, side=args.side, batch=args.batch)
-    steps = _contestants(ours, device, args.side, args.batch, compiled=not args.no_compile)
+    bfloat = device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not bfloat:
+        report.notes.append("bf16 is left out: this processor has no instructions for it")
+    steps = _contestants(
+        ours, device, args.side, args.batch, compiled=not args.no_compile, bfloat=bfloat
+    )
     if missing(SMP):
         report.left_out("segmentation-models-pytorch's UNet", missing(SMP))
     else:
@@ -76,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _contestants(
-    ours: Config, device: torch.device, side: int, batch: int, *, compiled: bool
+    ours: Config, device: torch.device, side: int, batch: int, *, compiled: bool, bfloat: bool
 ) -> dict[str, Callable[[], None]]:
     def how(**changes: object) -> Config:
         return replace(ours, training=replace(ours.training, **changes))  # type: ignore[arg-type]
@@ -86,11 +91,11 @@ def _contestants(
         "plain loop, fp32": plain(network(contiguous(ours), device), device, side=side, batch=batch),
         "bare, fp32": bare(fp32, device),
         "ours, fp32": Loop(trainer(fp32, device)),
-        "bare, bf16": bare(bf16, device),
-        "ours, bf16": Loop(trainer(bf16, device)),
     }
+    if bfloat:
+        steps |= {"bare, bf16": bare(bf16, device), "ours, bf16": Loop(trainer(bf16, device))}
     if compiled:
-        for name in ("fp32", "bf16"):
+        for name in ("fp32", "bf16") if bfloat else ("fp32",):
             fused = how(deterministic=False, precision=name, compile=True)
             steps[f"ours, {name}, compiled"] = Loop(trainer(fused, device))
     return steps
