@@ -41,7 +41,7 @@ cluster: $(STAMP)  ## a real Slurm on this machine, with four invented nodes; pr
 cluster-stop: $(STAMP)  ## end it, and all of its jobs
 	@$(BIN)/python -m launch.cluster stop
 
-bench: $(BENCH_STAMP)  ## every claim about speed beside its peers, in half an hour; BENCH="loading order" chooses, QUICK=1 only tries
+bench: $(BENCH_STAMP)  ## every claim about speed beside its peers; BENCH="loading order" chooses, QUICK=1 only tries
 	@for script in $(BENCH); do \
 		echo "benchmarks.$$script"; \
 		$(BIN)/python -m benchmarks.$$script $(if $(QUICK),--quick) || exit 1; \

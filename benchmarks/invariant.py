@@ -40,7 +40,7 @@ def main() -> None:
     """Compare the bits, measure the price, print both."""
     options = parser(__doc__, rounds=3)
     options.add_argument("--base", type=int, default=32, help="first channels of the priced UNet")
-    options.add_argument("--crop", type=int, default=256, help="side of the priced images in pixels")
+    options.add_argument("--crop", type=int, default=128, help="side of the priced images in pixels")
     options.add_argument("--steps", type=int, default=6, help="timed steps of a turn, after a first")
     args = options.parse_args()
     if args.quick:
