@@ -81,7 +81,7 @@ class Tally:
         sums, counts = self._sums.tolist(), self.counts
         means = (
             {name: value / counts["counted"] for name, value in zip(MEANS, sums, strict=True)}
-            if (counts["counted"])
+            if counts["counted"]
             else {}
         )
         return Look(
