@@ -19,10 +19,13 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from agrivision.errors import ConfigurationError, PeerLost
+from agrivision.phase import phase
 from agrivision.rendezvous import meeting, publish_folder
 from agrivision.world import World
 
 _TIMEOUT = timedelta(minutes=30)  # a rank may wait that long for another one's evaluation or save
+
+_WAITING = "wait for the other ranks"
 
 # gloo raises plain RuntimeErrors; only their text tells them from others.
 _TRANSPORT_WORDS = ("gloo", "connection", "nccl", "timed out", "peer")
@@ -95,7 +98,7 @@ class Ranks:
             return value
         text = json.dumps(value).encode() if self.world.is_main else b""
         length = torch.tensor([len(text)], dtype=torch.int64)
-        with peers_may_fail():
+        with phase(_WAITING), peers_may_fail():
             dist.broadcast(length, src=0)
             content = torch.zeros(int(length), dtype=torch.uint8)
             if text:
@@ -110,13 +113,13 @@ class Ranks:
             PeerLost: another rank is gone.
         """
         if self.world.size > 1:
-            with peers_may_fail():
+            with phase(_WAITING), peers_may_fail():
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.world.size > 1:
-            with peers_may_fail():
+            with phase(_WAITING), peers_may_fail():
                 dist.all_reduce(tensor, op=operation)
 
 

@@ -19,6 +19,7 @@ from agrivision.evaluation.confusion import Scores, confusion_matrix, scores
 from agrivision.evaluation.presence import PresenceScores, presence, tile_presence
 from agrivision.model.padding import dense_logits
 from agrivision.model.precision import Precision, autocast
+from agrivision.phase import moved
 
 _AGREE_EVERY = 8  # rounds: seconds, where a round takes as long as a batch
 
@@ -97,6 +98,7 @@ def evaluate(
             rows[0, batch.tiles] = found.cpu().double()
             rows[1, batch.tiles] = truth.cpu().double()
             report(batch.count)
+            moved()
     matrix, rows = ranks.sum(matrix), ranks.sum(rows)
     return Evaluation(
         scores=scores(matrix, classes),

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
 from agrivision.config import Config
 from agrivision.data.augment import Augment
@@ -29,6 +28,7 @@ from agrivision.distributed import Ranks, peers_may_fail
 from agrivision.errors import CheckpointError, DatasetError
 from agrivision.model.losses import LabelSetLoss, SampleLosses
 from agrivision.model.precision import autocast
+from agrivision.phase import phase
 from agrivision.training.ema import WeightAverage
 from agrivision.training.invariant import CanonicalGradients
 from agrivision.training.optimizer import Optimizer
@@ -213,7 +213,7 @@ class Trainer:
 
     def _fetch(self) -> Batch | None:
         try:
-            with record_function("agrivision: wait for data"):
+            with phase("wait for data"):
                 return self._upload.send(self._loader.next_batch())
         except DatasetError as error:
             self.trouble = error
@@ -251,21 +251,21 @@ class Trainer:
 
     def _backward(self, batch: Batch, part: slice) -> torch.Tensor:
         assert batch.whole is not None
-        with record_function("agrivision: augment"):
+        with phase("augment"):
             images, labels = self._images(batch, part)
         self._seed(part.start)
         with (
-            record_function("agrivision: forward"),
+            phase("forward"),
             autocast(self._device, self._config.training.precision),
             peers_may_fail(),
         ):
             logits = self._network(images)
-        with record_function("agrivision: loss"):
+        with phase("loss"):
             losses = self._loss(logits, labels)
         # Samples that only fill up the batch have no weight, but keep the graph and the shapes.
         counts = torch.arange(part.start, part.stop, device=self._device) < batch.count
         scale = self._scale / batch.whole.count
-        with record_function("agrivision: backward"), peers_may_fail():
+        with phase("backward"), peers_may_fail():
             ((losses.total * counts).sum() * scale).backward()  # type: ignore[no-untyped-call]
         parts = torch.stack([losses.total, losses.cross_entropy, losses.dice])
         return (parts.detach() * counts).sum(1)
@@ -316,7 +316,7 @@ class Trainer:
         good = self.tally.count(losses / batch.whole.count, norm, progress.step + 1)
         rate = self._learning_rate()
         self.before_change()
-        with record_function("agrivision: optimiser"):
+        with phase("optimiser"):
             self.optimizer.step(rate, good)
         for buffer, value in zip(self._statistics, self._before, strict=True):
             buffer.copy_(torch.where(good, buffer, value))  # they have seen what was not finite

@@ -570,9 +570,9 @@ def test_interrupted_while_a_write_is_in_flight(
 
 def save_two(rank: int, folder: Path, act: Callable[[Path], None]) -> None:
     """Save after the steps 2 and 4, and never again unless somebody asks for it."""
-    from agrivision.training.run import _Run
+    from agrivision.training.loop import Loop
 
-    _Run._save_is_due = lambda self, step: step.save or step.number in (2, 4)
+    Loop._save_is_due = lambda self, step: step.save or step.number in (2, 4)
     hold_up(rank, folder, step=4, act=act)
 
 
@@ -640,7 +640,7 @@ def evaluate_during_a_write(rank: int, folder: Path) -> None:
 
 def hold_up_scores(rank: int, folder: Path, *, hold_up: Callable[[Callable[[], object]], None]) -> None:
     """Let a checkpoint wait until it was evaluated; `hold_up` is told how."""
-    from agrivision.training import run as training
+    from agrivision.training import loop as training
     from agrivision.training.record import Record
 
     evaluated, done = training.evaluate, threading.Event()

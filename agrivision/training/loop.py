@@ -1,0 +1,263 @@
+"""What happens between the steps: log, evaluate, save, leave."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+from agrivision.data.augment import Normaliser
+from agrivision.data.loader import TrainLoader
+from agrivision.errors import AgrivisionError, BadInput, Diverged, ExitCode, PeerLost
+from agrivision.evaluation.evaluate import Evaluation, evaluate
+from agrivision.inference.trained import Description
+from agrivision.phase import phase
+from agrivision.training.profiling import profiled
+from agrivision.training.record import Record
+from agrivision.training.saver import Saver, SaveWatch
+from agrivision.training.setting import Setting
+from agrivision.training.showcase import draw_panels
+from agrivision.training.tally import Look
+from agrivision.training.trainer import Step, Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Loop:
+    """An attempt, from its first step to the one that it leaves after.
+
+    Args:
+        setting: of the attempt.
+        loader: of the training split.
+        trainer: at the step that the attempt goes on from.
+        record: of what happens.
+    """
+
+    _MARGIN = 1.5  # the next step and the next save may be slower than any before
+
+    def __init__(self, setting: Setting, loader: TrainLoader, trainer: Trainer, record: Record) -> None:
+        self._config, self._run, self._ranks = setting.config, setting.run, setting.ranks
+        self._device, self._data, self._stop = setting.device, setting.data, setting.stop
+        self._loader, self._trainer, self._record = loader, trainer, record
+        self._normaliser = Normaliser.of(self._data.schema, self._config.data.normalisation)
+        self._saver = Saver(
+            self._run,
+            keep_last=self._config.training.keep_last,
+            allowed=setting.still_ours,
+            flush=record.flush,
+            saved=self._check_warning,
+        )
+        trainer.before_change = self._saver.copied  # on rank 0 alone there is anything to wait for
+        self._clock = SaveWatch(
+            self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None,
+            saver=self._saver,
+        )
+        self._saved_step = trainer.progress.step if trainer.progress.step else -1
+        self._warning_seconds = setting.ranks.world.signal_seconds
+        self._slowest_step = 0.0
+        self._profile = self._run.profile if setting.profile else None
+        self._missed = 0  # the last skipped step that the log knows of
+
+    def go(self) -> ExitCode:
+        """Train to the end, or until somebody asks to stop; what was saved is then on the disk."""
+        with self._saver, profiled(self._profile, self._ranks.world.rank) as self._profile_step:
+            return self._train()
+
+    def _train(self) -> ExitCode:
+        config, progress = self._config, self._trainer.progress
+        self._record.text("config", f"```yaml\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```")
+        if progress.step and not self._evaluate_if_due():  # the attempt before may have missed it
+            return self._leave()
+        since = time.perf_counter()
+        for step in self._trainer.steps(self._stop, self._clock):
+            self._profile_step()
+            self._slowest_step = max(self._slowest_step, time.perf_counter() - since)
+            self._write(step)
+            if self._ranks.world.is_main:
+                self._saver.prepare(self._states)  # now that the optimiser has states
+            if self._save_is_due(step):
+                self._look()
+                self._save()
+            if step.unreadable:
+                self._finish_saving()
+                raise self._unreadable()
+            if step.stop or not self._evaluate_if_due():
+                return self._leave()
+            since = time.perf_counter()
+        if self._saved_step != progress.step:
+            self._save()
+        self._finish_saving()
+        log.info("done after %d steps; results in %s", progress.step, self._run.path)
+        return ExitCode.DONE
+
+    @property
+    def _epoch(self) -> int:
+        return self._trainer.progress.cursor // self._loader.order.size
+
+    def _ends_epoch(self) -> bool:
+        return self._trainer.progress.cursor % self._loader.order.size == 0
+
+    def _is_last(self) -> bool:
+        return self._trainer.progress.step >= self._trainer.total_steps
+
+    def _write(self, step: Step) -> None:
+        whole = step.batch.whole
+        assert whole is not None
+        if self._config.monitor.log_samples:
+            keys = [self._data.train.key(tile) for tile in step.batch.tiles[: step.batch.count]]
+            self._record.sampled(step.number, whole.epoch, keys)
+        self._record.stepped(whole.count)
+        if step.number % self._config.monitor.log_every_steps == 0 or self._is_last():
+            values = self._look().means | {"learning_rate": step.learning_rate}
+            self._trainer.tally.restart()
+            self._record.trained(step.number, whole.epoch, values, self._loader.waited)
+
+    def _look(self) -> Look:
+        """Wait for the device, and see whether the steps up to here were good."""
+        look = self._trainer.tally.look()
+        most = self._config.training.max_nonfinite_steps
+        if look.most_in_a_row >= most:
+            raise Diverged(
+                f"the loss was not finite in {look.most_in_a_row} steps in a row, the last one step"
+                f" {look.last_missed}: lower optimizer.lr, or train in fp32"
+            )
+        if look.last_missed > self._missed:
+            self._missed = look.last_missed
+            log.warning(
+                "the loss was not finite in %d of the steps up to %d: they are skipped",
+                look.missed,
+                look.last_missed,
+            )
+        return look
+
+    def _save_is_due(self, step: Step) -> bool:
+        training = self._config.training
+        epochs, steps = training.checkpoint_every_epochs, training.checkpoint_every_steps
+        due = (
+            step.save
+            or step.stop
+            or step.unreadable > 0
+            or (steps is not None and step.number % steps == 0)
+            or (epochs > 0 and self._ends_epoch() and self._epoch % epochs == 0)
+        )
+        # What is scored is saved: else the best could be a step that nobody has.
+        return due or self._evaluation_is_due()
+
+    def _save(self) -> None:
+        """Copy the states on rank 0, where they are written behind the next steps.
+
+        All ranks learn whether what was saved before is on the disk.
+        """
+        if not self._ranks.world.is_main:
+            self._record.flush()  # rank 0 does that behind the next steps, too
+        self._on_main(self._save_on_main)
+        self._clock.restart()
+        self._saved_step = self._trainer.progress.step
+
+    def _finish_saving(self) -> None:
+        """Wait until what was saved is on the disk; all ranks learn whether it is."""
+        self._on_main(self._saver.wait)
+
+    def _on_main(self, act: Callable[[], None]) -> None:
+        """Let rank 0 save or wait; where that fails, all ranks leave."""
+        error = None
+        if self._ranks.world.is_main:
+            try:
+                with phase("wait for the disk"):
+                    act()
+            except AgrivisionError as refusal:
+                error = refusal
+        if self._ranks.largest(int(error is not None))[0]:
+            raise error or PeerLost("rank 0 could not save the checkpoint: see its own line")
+
+    def _save_on_main(self) -> None:
+        progress, training = self._trainer.progress, self._config.training
+        milestone = (
+            training.keep_every > 0 and self._ends_epoch() and self._epoch % training.keep_every == 0
+        )
+        self._saver.save(self._states(), step=progress.step, epoch=self._epoch, milestone=milestone)
+
+    def _states(self) -> Mapping[str, Mapping[str, Any]]:
+        """What training needs to go on, and what inference needs besides."""
+        known = Description.of(self._config.model, self._data.schema, self._normaliser)
+        return self._trainer.states() | {"description": known.to_dict()}
+
+    def _check_warning(self, save_seconds: float) -> None:
+        """Say, once, if the job's warning before its end leaves no time for a step and a save."""
+        needed = self._MARGIN * (self._slowest_step + save_seconds)
+        if 0 < self._warning_seconds < needed:
+            log.warning(
+                "the job is warned %d s before its time limit, but a step (%.1f s) and a save (%.1f s)"
+                " may take longer: ask for --signal=USR1@%d or more",
+                self._warning_seconds,
+                self._slowest_step,
+                save_seconds,
+                math.ceil(2 * needed),
+            )
+            self._warning_seconds = 0
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate where the configuration wants it; False when it was stopped on the way."""
+        step = self._trainer.progress.step
+        if not self._evaluation_is_due() or self._ranks.from_main(step in self._run.evaluations()):
+            return True
+        begin = time.perf_counter()
+        with phase("evaluate"):
+            evaluation = self._evaluate()
+        if evaluation is None:
+            return False
+        seconds = time.perf_counter() - begin
+        drawn = self._ranks.world.is_main and self._config.monitor.tensorboard
+        with phase("draw"):
+            panels = self._panels() if drawn else {}  # before anything is written: it takes its time
+        self._finish_saving()  # what has a score has a checkpoint
+        self._record.evaluated(step, self._epoch, evaluation, seconds)
+        self._record.pictures(step, panels)
+        return True
+
+    def _evaluation_is_due(self) -> bool:
+        every = self._config.training.evaluate_every_epochs
+        due = every > 0 and self._ends_epoch() and self._epoch % every == 0
+        return due or self._is_last()
+
+    def _evaluate(self) -> Evaluation | None:
+        model = self._trainer.evaluated
+        # BatchNorm's running statistics have seen each rank's own samples; those of rank 0 count.
+        self._ranks.take_from_main(model.buffers())
+        return evaluate(
+            model,
+            self._data.val,
+            self._normaliser,
+            self._ranks,
+            self._device,
+            batch_size=self._config.evaluation.batch_size,
+            threads=self._config.data.threads,
+            precision=self._config.training.precision,
+            stop=lambda: self._stop.made,
+        )
+
+    def _panels(self) -> Mapping[str, Any]:
+        return draw_panels(
+            self._trainer.evaluated,
+            self._data.val,
+            self._normaliser,
+            self._device,
+            count=self._config.monitor.images,
+            precision=self._config.training.precision,
+        )
+
+    def _unreadable(self) -> AgrivisionError:
+        trouble = self._trainer.trouble
+        return trouble or BadInput("another rank could not read its data: see its own line")
+
+    def _leave(self) -> ExitCode:
+        if self._saved_step != self._trainer.progress.step:
+            self._save()
+        self._finish_saving()
+        reason = self._stop.reason or "another rank was asked to stop"
+        log.info("stopped at step %d (%s); the same command goes on", self._saved_step, reason)
+        return ExitCode.STOPPED
