@@ -8,7 +8,7 @@ BENCH_STAMP := $(VENV)/.agrivision-bench-installed
 BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults cluster cluster-stop bench check clean
+.PHONY: help install demo test test-faults storm cluster cluster-stop bench check clean
 
 help:  ## this list
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -31,9 +31,17 @@ demo: $(STAMP)  ## from invented fields to maps on this machine, in minutes; res
 test: $(STAMP)  ## the tests
 	$(BIN)/python -m pytest
 
-test-faults: $(STAMP)  ## the tests that take minutes; SAMPLE=3 runs three by chance, SAMPLE_SEED=N the same three
-	$(BIN)/python -m pytest -m faults -p tests.slurm.sampling \
-		$(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SAMPLE_SEED),--sample-seed $(SAMPLE_SEED))
+test-faults: $(STAMP)  ## all faults, which takes hours: ROWS=9,10 chooses, SAMPLE=3 draws, TIMES=3 repeats, JOBS=2 REPORT=FILE
+	@for turn in $$(seq $(or $(TIMES),1)); do \
+		$(BIN)/python -m pytest -m "$(if $(SAMPLE),faults,faults or row)" \
+			-p tests.slurm.sampling -p tests.faults_report \
+			$(if $(ROWS),--rows $(ROWS)) $(if $(REPORT),--faults-report $(REPORT)) \
+			$(if $(JOBS),--numprocesses $(JOBS) --dist worksteal) \
+			$(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SAMPLE_SEED),--sample-seed $(SAMPLE_SEED)) || exit 1; \
+	done
+
+storm: $(STAMP)  ## a run of the demo's kind under 20 random faults; SEED=N repeats one, SEEDS=0,1,2 several
+	$(BIN)/python -m tests.storm $(if $(SEEDS),--seeds $(SEEDS),$(if $(SEED),--seed $(SEED),--fresh))
 
 cluster: $(STAMP)  ## a real Slurm on this machine, with four invented nodes; prints what to export
 	@$(BIN)/python -m launch.cluster start

@@ -17,8 +17,8 @@ import jsonargparse
 
 from agrivision import __version__
 from agrivision.ending import report_ending
-from agrivision.errors import AgrivisionError, BadInput, ExitCode
-from agrivision.options import parse_train, shortened, train_parser
+from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passwords
+from agrivision.options import parse_train, refuse_passwords, shortened, train_parser
 from agrivision.training.preemption import StopRequest
 
 _Parser = jsonargparse.ArgumentParser
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        refuse_passwords(arguments)
         code = _dispatch(arguments)
     except AgrivisionError as error:
         return _complain(str(error), error.exit_code)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(line: str, code: ExitCode) -> int:
-    line = " ".join(line.split())
+    line = without_passwords(" ".join(line.split()))
     sys.stderr.write(f"agrivision: error: {line}\n")
     report_ending(code, line)
     return int(code)
@@ -136,11 +137,24 @@ def _prepare(argv: list[str]) -> ExitCode:
         action="store_true",
         help="uncompressed pixels, for fast local disks: far larger files",
     )
+    _add_allow_vrt(parser)
     parser.add_argument("--part", type=str, default=None, help=_PART_HELP)
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="of a finished data set, make the damaged shards again, byte for byte",
+    )
     args = parser.parse_args(argv)
     stop = StopRequest().listen()
     from agrivision.console import ProgressReport, say
-    from agrivision.data.prepare import PrepareOptions, prepare, prepare_part
+    from agrivision.data.prepare import (
+        PartSummary,
+        PrepareOptions,
+        PrepareSummary,
+        prepare,
+        prepare_part,
+    )
+    from agrivision.data.repair import RepairSummary, repair
     from agrivision.data.sources.survey import parse_classes
     from agrivision.monitor.log import configure_log
     from agrivision.monitor.progress import progress
@@ -160,17 +174,22 @@ def _prepare(argv: list[str]) -> ExitCode:
         strict=args.strict,
         shard_tiles=args.shard_tiles,
         raw=args.raw,
+        allow_vrt=args.allow_vrt,
     )
     part = None if args.part is None else Part.parse(args.part)
+    if part is not None and args.repair:
+        raise BadInput("--repair is done by one process: leave out --part")
     source, out = Path(args.source), Path(args.out)
     configure_log(0, None)
-    with progress("preparing", unit="tile") as bar:
+    summary: PrepareSummary | PartSummary | RepairSummary
+    with progress("repairing" if args.repair else "preparing", unit="tile") as bar:
         report = ProgressReport(bar)
-        summary = (
-            prepare(source, out, options, report, stop=lambda: stop.made)
-            if part is None
-            else prepare_part(source, out, options, part, report, stop=lambda: stop.made)
-        )
+        if args.repair:
+            summary = repair(source, out, options, report, stop=lambda: stop.made)
+        elif part is None:
+            summary = prepare(source, out, options, report, stop=lambda: stop.made)
+        else:
+            summary = prepare_part(source, out, options, part, report, stop=lambda: stop.made)
     for line in summary.lines():
         say(line)
     return ExitCode.DONE
@@ -271,6 +290,7 @@ def _predict(argv: list[str]) -> ExitCode:
     parser.add_argument("--split", type=str, default=None, help="of a data set; default: all")
     parser.add_argument("--tile", type=int, default=None, help="side of a window on a scene, in pixels")
     parser.add_argument("--margin", type=int, default=None, help="read around each window, in pixels")
+    _add_allow_vrt(parser)
     parser.add_argument("--part", type=str, default="0/1", help=_PART_HELP)
     args = parser.parse_args(argv)
     stop = StopRequest().listen()
@@ -290,6 +310,7 @@ def _predict(argv: list[str]) -> ExitCode:
         precision=args.precision,
         tile=args.tile,
         margin=args.margin,
+        allow_vrt=args.allow_vrt,
     )
     inputs = [Path(path) for path in args.inputs]
     with progress("predicting", unit="tile") as bar:
@@ -312,6 +333,12 @@ def _add_checkpoint(parser: _Parser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="tiles in one forward pass")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
+
+
+def _add_allow_vrt(parser: _Parser) -> None:
+    parser.add_argument(
+        "--allow_vrt", action="store_true", help="take VRTs, too, whose sources are plain files"
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:

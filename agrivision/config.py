@@ -60,6 +60,9 @@ class DataConfig:
         stage: copy the two splits to the node's own disk first: `auto` ($SLURM_TMPDIR, else $TMPDIR
             where that is a disk of the node), or an absolute path, in which $NAME is expanded. null
             reads them where they are.
+        max_damaged_share: share of a split's tiles that may be unreadable, rounded down to a number of
+            tiles; a run goes on without them and names each. With one more it stops, so that in a
+            split of fewer than 1,000 tiles the first one does; 0 always stops.
     """
 
     path: str = ""
@@ -73,8 +76,10 @@ class DataConfig:
     val_split: str = "val"
     normalisation: Literal["bands", "range"] = "bands"
     stage: str | None = None
+    max_damaged_share: float = 0.001
 
     def __post_init__(self) -> None:
+        _fraction("data.max_damaged_share", self.max_damaged_share)
         _at_least("data.batch_size", self.batch_size, 1)
         _require(self.crop is None or self.crop >= 1, "data.crop", self.crop, "at least 1, or null")
         _at_least("data.threads", self.threads, 0)
@@ -246,6 +251,12 @@ class TrainingConfig:
         checkpoint_every_epochs: save after every N-th epoch; 0: only at the end and when stopped.
         checkpoint_every_steps: save also every N steps.
         checkpoint_every_minutes: save also when this much time has passed since the last save.
+        save_patience_minutes: how long a run goes on whose disk refuses its checkpoints or logs (full,
+            over quota, not answering): it tries again all the time, says so, and then ends with exit
+            code 1; 0 ends it at the first refusal.
+        stall_minutes: end the attempt with exit code 1, to be tried again, when a rank has been at one
+            thing for so long (a batch, a collective, the disk) without getting on; the log names the
+            rank and has its stack. null: never.
         keep_last: how many of the newest checkpoints are kept (the best is always kept).
         keep_every: keep every N-th epoch's checkpoint for good; 0: none.
     """
@@ -266,6 +277,8 @@ class TrainingConfig:
     checkpoint_every_epochs: int = 1
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float | None = None
+    save_patience_minutes: float = 15.0
+    stall_minutes: float | None = 15.0
     keep_last: int = 3
     keep_every: int = 0
 
@@ -279,6 +292,8 @@ class TrainingConfig:
         _at_least("training.checkpoint_every_epochs", self.checkpoint_every_epochs, 0)
         _positive("training.checkpoint_every_steps", self.checkpoint_every_steps)
         _positive("training.checkpoint_every_minutes", self.checkpoint_every_minutes)
+        _at_least("training.save_patience_minutes", self.save_patience_minutes, 0)
+        _positive("training.stall_minutes", self.stall_minutes)
         _at_least("training.keep_last", self.keep_last, 1)
         _at_least("training.keep_every", self.keep_every, 0)
         if self.invariant:

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from agrivision.errors import ConfigurationError, PeerLost
-from agrivision.phase import phase
-from agrivision.rendezvous import meeting, publish_folder
+from agrivision.phase import WAITING, phase
+from agrivision.rendezvous import Meeting, meeting, meeting_file
 from agrivision.world import World
 
 _TIMEOUT = timedelta(minutes=30)  # a rank may wait that long for another one's evaluation or save
-
-_WAITING = "wait for the other ranks"
+_FOREVER = timedelta(days=365)
 
 # gloo raises plain RuntimeErrors; only their text tells them from others.
 _TRANSPORT_WORDS = ("gloo", "connection", "nccl", "timed out", "peer")
@@ -53,11 +53,27 @@ def pick_device(world: World) -> torch.device:
     return device
 
 
-class Ranks:
-    """What the ranks of a run do together; with one rank everything is answered at once."""
+def waiting_time(stall_minutes: float | None) -> timedelta:
+    """How long a collective may take before it fails: longer than until a watchdog names who hangs.
 
-    def __init__(self, world: World) -> None:
+    Args:
+        stall_minutes: of the watchdog; None where there is none, and nobody wants to be ended.
+    """
+    return _FOREVER if stall_minutes is None else max(_TIMEOUT, 2 * timedelta(minutes=stall_minutes))
+
+
+class Ranks:
+    """What the ranks of a run do together; with one rank everything is answered at once.
+
+    Attributes:
+        world: this rank among them.
+        store: where ranks leave notes for one another, on a connection of its own, so that another
+            thread may use it; None with one rank.
+    """
+
+    def __init__(self, world: World, store: Store | None = None) -> None:
         self.world = world
+        self.store = store
 
     def largest(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over all ranks; all ranks get the same.
@@ -98,13 +114,36 @@ class Ranks:
             return value
         text = json.dumps(value).encode() if self.world.is_main else b""
         length = torch.tensor([len(text)], dtype=torch.int64)
-        with phase(_WAITING), peers_may_fail():
+        with phase(WAITING), peers_may_fail():
             dist.broadcast(length, src=0)
             content = torch.zeros(int(length), dtype=torch.uint8)
             if text:
                 content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
             dist.broadcast(content, src=0)
         return json.loads(content.numpy().tobytes())
+
+    def from_all(self, value: Any) -> list[Any]:
+        """A JSON value of each rank, in their order, on all ranks.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        if self.world.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        lengths = torch.zeros(self.world.size, dtype=torch.int64)
+        lengths[self.world.rank] = len(text)
+        lengths = self.sum(lengths)
+        longest = int(lengths.max())
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world.size)]
+        with phase(WAITING), peers_may_fail():
+            dist.all_gather(texts, mine)
+        return [
+            json.loads(text[:length].numpy().tobytes())
+            for text, length in zip(texts, lengths.tolist(), strict=True)
+        ]
 
     def take_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite tensors, on their devices, with those of rank 0.
@@ -113,13 +152,13 @@ class Ranks:
             PeerLost: another rank is gone.
         """
         if self.world.size > 1:
-            with phase(_WAITING), peers_may_fail():
+            with phase(WAITING), peers_may_fail():
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.world.size > 1:
-            with phase(_WAITING), peers_may_fail():
+            with phase(WAITING), peers_may_fail():
                 dist.all_reduce(tensor, op=operation)
 
 
@@ -129,6 +168,7 @@ def connected(
     device: torch.device,
     folder: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
+    timeout: timedelta = _TIMEOUT,
 ) -> Iterator[Ranks]:
     """The ranks of a run, connected while the block runs.
 
@@ -138,6 +178,7 @@ def connected(
         folder: that all nodes see, where the ranks of a Slurm step meet; None: the job's own, and
             without one an address and a port that every rank computes.
         stop: whether this rank was asked to stop, looked at while it waits for the others.
+        timeout: after which a collective fails.
 
     Raises:
         PeerLost: the ranks did not find one another.
@@ -147,22 +188,42 @@ def connected(
     if world.size == 1:
         yield Ranks(world)
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with ExitStack() as stack:
-        place = publish_folder(world, folder)
-        how: dict[str, Any] = {"init_method": world.rendezvous}
         with peers_may_fail():
-            if world.launcher == "slurm" and place is not None:
-                store = stack.enter_context(meeting(world, place, _identity(device), stop))
-                how = {"store": PrefixStore("group", store)}
-            elif world.one_node:
+            file = meeting_file(world, folder)
+            met = None
+            if file is not None:
+                met = stack.enter_context(meeting(world, file, _identity(device), stop))
+            if world.one_node:
                 # Nothing has to listen on an interface that others reach.
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            dist.init_process_group(
-                backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT, **how
-            )
+            ranks = _group(world, device, met, timeout)
         stack.callback(dist.destroy_process_group)
-        yield Ranks(world)
+        yield ranks
+
+
+def _group(world: World, device: torch.device, met: Meeting | None, timeout: timedelta) -> Ranks:
+    """Make the process group, and close the port at which the ranks have met."""
+    with phase(WAITING):
+        if met is None:
+            store, _, _ = next(rendezvous(world.rendezvous, world.rank, world.size))
+        else:
+            store = met.store
+        notes = PrefixStore("notes", store.clone())
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            store=PrefixStore("group", store),
+        )
+        if met is not None:
+            # Then all have connected, the backends' own threads included.
+            dist.all_reduce(torch.zeros(1, device=device))
+            dist.all_reduce(torch.zeros(1))
+            met.close()
+    return Ranks(world, notes)
 
 
 def _identity(device: torch.device) -> str:

@@ -6,8 +6,11 @@ that line and leaves with the error's code; a traceback therefore always means a
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 from typing import ClassVar
+
+_PASSWORD = re.compile(r"(\w://)[^/\s@]*@")
 
 
 class ExitCode(IntEnum):
@@ -20,10 +23,24 @@ class ExitCode(IntEnum):
     HOPELESS = 86  # failed, and trying again cannot help
 
 
+_LONGEST = 2000  # characters of a line; what is wrong may come from a file of any content
+
+
+def one_line(text: str) -> str:
+    """The same as one line that any terminal can show: no line breaks, no escapes, not too long."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " if c in "\n\r\t" else ascii(c)[1:-1] for c in text)
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
+
+
 class AgrivisionError(Exception):
     """Base of all errors that are shown to users as one line."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class BadInput(AgrivisionError):
@@ -56,6 +73,10 @@ class NotWritable(BadInput):
     """A place that may not be written: no permission, a read-only file system, no such folder."""
 
 
+class Untrusted(BadInput):
+    """A file or folder that somebody else owns or may write, where that lets them decide something."""
+
+
 class StorageError(AgrivisionError):
     """Writing failed: a full disk, a quota, a file system that went away."""
 
@@ -82,3 +103,8 @@ class Diverged(AgrivisionError):
     """The loss was not finite too often in a row: the same run would do it again."""
 
     exit_code = ExitCode.HOPELESS
+
+
+def without_passwords(text: str) -> str:
+    """A text for the screen or a log, in which `https://user:password@host` has lost what is secret."""
+    return _PASSWORD.sub(r"\1…@", text)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agrivision.errors import Superseded
+from agrivision.json_values import entries, parse, text, whole
 from agrivision.storage import write_atomically
 from agrivision.world import World
 
@@ -109,6 +110,14 @@ class Fence:
 def read_owner(file: Path) -> Owner | None:
     """Who wrote `attempt.json`; None where it is missing or cannot be read."""
     try:
-        return Owner(**json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        content = entries(parse(file.read_bytes()))
+        return Owner(
+            token=text(content["token"]),
+            job=text(content["job"]),
+            restart=whole(content["restart"]),
+            step_id=whole(content["step_id"], least=-1),
+            host=text(content["host"]),
+            pid=whole(content["pid"]),
+        )
+    except (OSError, ValueError, KeyError):
         return None

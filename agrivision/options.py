@@ -12,7 +12,8 @@ import re
 import types
 import typing
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import jsonargparse
 import yaml
 
 from agrivision.config import Config, flatten
-from agrivision.errors import BadInput, ConfigurationError
+from agrivision.errors import BadInput, ConfigurationError, without_passwords
 
 _KEYS = flatten(Config().to_dict())
+_MOST_BYTES = 1 << 16  # of a configuration; all of its keys take some 3 kB
+_TOO_LARGE = 2**63
+_DEEPEST = 8  # levels; a configuration has two
 _SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _OTHERS = {"config", "print_config", "help"}
@@ -80,6 +84,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
         BadInput: another argument is wrong.
     """
     arguments = list(argv)
+    _check_words(arguments)
     own = {"--run_dir", "--resume_with_changes", "--profile"}
     _check_flags(arguments, own)
     file, run_dir = _value_of(arguments, "--config"), _value_of(arguments, "--run_dir")
@@ -88,11 +93,14 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
         if mine.is_file():
             file = str(mine)
             arguments = ["--config", file, *arguments]
-    if file is not None:
-        _check_file(Path(file))
+    for given in _values_of(arguments, "--config"):
+        _check_file(Path(given))
     parser = train_parser()
     try:
         parsed = parser.parse_args(arguments)
+        values = flatten(parsed.as_dict())
+        _check_values(values)
+        refuse_passwords([value for value in values.values() if isinstance(value, str)])
         built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise shortened(error) from None
@@ -113,13 +121,44 @@ def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     return parse_train(["--config", str(file), "--run_dir", ".", *overrides]).config
 
 
+def refuse_passwords(words: Sequence[str]) -> None:
+    """Refuse arguments with a password in a URL: they would be written into logs and configurations.
+
+    Raises:
+        BadInput: there is one; the line does not repeat it.
+    """
+    for word in words:
+        if without_passwords(word) != word:
+            raise BadInput(f"{without_passwords(word)!r} is a URL with a password: only files are read")
+
+
 def _value_of(arguments: Sequence[str], flag: str) -> str | None:
+    return next(iter(_values_of(arguments, flag)), None)
+
+
+def _values_of(arguments: Sequence[str], flag: str) -> list[str]:
+    values = []
     for place, argument in enumerate(arguments):
         if argument == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
+            values.append(arguments[place + 1])
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.partition("=")[2])
+    return values
+
+
+def _check_words(arguments: Sequence[str]) -> None:
+    """Refuse what no file's name and no value can hold: a zero, or bytes that are no UTF-8."""
+    for argument in arguments:
+        if "\0" in argument or not _is_utf8(argument):
+            raise BadInput(f"the argument {argument!r} is not plain text")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_flags(arguments: Sequence[str], own: set[str]) -> None:
@@ -133,21 +172,59 @@ def _check_flags(arguments: Sequence[str], own: set[str]) -> None:
 
 def _check_file(path: Path) -> None:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _load(path)
     except FileNotFoundError:
         raise ConfigurationError(f"there is no configuration file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigurationError(f"cannot read the configuration {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:  # a date that is none is a ValueError
         where = " ".join(str(error).split())
         raise ConfigurationError(f"the configuration {path} is not valid YAML: {where}") from None
     if not isinstance(content, dict):
         raise ConfigurationError(f"the configuration {path} holds no keys")
-    for key in flatten(content):
+    for key in flatten({str(key): value for key, value in content.items()}):
         if key in _SECTIONS:
             raise ConfigurationError(f"{path}: {key} is a section: it holds keys, not a value")
         if key not in _KEYS:
             raise _unknown(key, f"in {path}")
+
+
+def _load(path: Path) -> Any:
+    """What a YAML file holds, looked at before anything is made of it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, YAMLError: it is no YAML of a configuration: larger, deeper, a key that stands
+            twice, or an alias of more than a single value, with which a few lines can stand for
+            billions.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    depth, values = 0, set()
+    for event in yaml.parse(content, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
+        if isinstance(event, yaml.ScalarEvent) and event.anchor:
+            values.add(event.anchor)
+        if isinstance(event, yaml.AliasEvent) and event.anchor not in values:
+            raise ValueError(f"*{event.anchor} stands for more than a value: write it out")
+    _check_keys(yaml.compose(content, yaml.SafeLoader))
+    return yaml.safe_load(content)
+
+
+def _check_keys(node: yaml.Node | None) -> None:
+    """Refuse a key that stands twice: YAML would take the later value in silence."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if len(keys) < len(node.value) or twice:
+            raise ValueError(f"the key {twice[0]} stands twice" if twice else "a key is no word")
+        for _, value in node.value:
+            _check_keys(value)
 
 
 def _unknown(key: str, where: str) -> ConfigurationError:
@@ -159,6 +236,16 @@ def _unknown(key: str, where: str) -> ConfigurationError:
     close = difflib.get_close_matches(key, list(_KEYS), n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return ConfigurationError(f"unknown key {key} {where}{hint}; valid: {', '.join(valid)}")
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Refuse what jsonargparse lets pass: null for any key, and numbers that no tensor can hold."""
+    for key in _KEYS:
+        value, kind = values.get(key), _kind(key)
+        if value is None and type(None) not in typing.get_args(kind):
+            raise ConfigurationError(f"{key} is null: it must be {_words(kind)}")
+        if isinstance(value, int) and not -_TOO_LARGE <= value < _TOO_LARGE:
+            raise ConfigurationError(f"{key} is beyond 2**63 either way: no tensor holds that")
 
 
 def shortened(error: ArgumentError) -> BadInput:
@@ -176,11 +263,17 @@ def shortened(error: ArgumentError) -> BadInput:
 
 
 def _wanted(key: str) -> str:
+    return _words(_kind(key))
+
+
+@cache
+def _kind(key: str) -> Any:
+    """The type of a key's value."""
     section, _, name = key.rpartition(".")
     owner: Any = Config
     if section:
         owner = typing.get_type_hints(Config)[section]
-    return _words(typing.get_type_hints(owner)[name])
+    return typing.get_type_hints(owner)[name]
 
 
 def _words(kind: Any) -> str:

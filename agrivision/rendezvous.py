@@ -1,9 +1,11 @@
-"""How the ranks of a Slurm step find one another, without trusting names or ports.
+"""How the ranks of a Slurm step, or of one node, find one another, without trusting names or ports.
 
 On many clusters a node's name does not resolve where it should, and the port that everybody computes
 from the job's number is taken by somebody else. So rank 0 binds a port first, writes down where it
 listens in a file that all nodes see, and the others try its addresses one after the other. Every rank
 then reports, so that a run that does not come together names the ranks that are missing.
+
+The port is open only until all are there: whoever comes later is not one of the run.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,31 +27,69 @@ from typing import Any
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from agrivision.errors import ConfigurationError, Interrupted, PeerLost
+from agrivision.ownership import read_own
+from agrivision.phase import moved
 from agrivision.storage import write_atomically
 from agrivision.world import PORTS, World
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.2  # of a folder that many nodes share
+_POLL_SECONDS_HERE = 0.02
 _CONNECT_SECONDS = 5.0  # a firewall that drops packets answers nothing
 _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 _MARK = "mark"
 _ALL_HERE = "all here"
+_CLOSED = "closed"
 
 
-def publish_folder(world: World, run_dir: Path | None) -> Path | None:
-    """The shared folder where rank 0 says where it listens; None where there is none."""
-    return Path(world.job_dir) if world.job_dir else run_dir
+@dataclass(frozen=True)
+class Meeting:
+    """The ranks of a run, met.
+
+    Attributes:
+        store: that all of them are connected to; it lives in rank 0.
+        file: that said where.
+        listener: descriptor of the socket at which rank 0 listens; None on the others.
+    """
+
+    store: Store
+    file: Path
+    listener: int | None
+
+    def close(self) -> None:
+        """Let nobody else in; call it when all connections are open, which stay."""
+        if self.listener is None:
+            return
+        # The store's thread waits for this descriptor: something takes its place that is never ready.
+        nothing = os.eventfd(0)
+        try:
+            os.dup2(nothing, self.listener, inheritable=False)
+        finally:
+            os.close(nothing)
+        self.store.set(_CLOSED, "")  # it waits anew, and the kernel gives up the socket
+        with suppress(OSError):
+            self.file.unlink()
+
+
+def meeting_file(world: World, run_dir: Path | None) -> Path | None:
+    """The file where rank 0 says where it listens; None where no launcher and no folder give one."""
+    if world.rendezvous_file:
+        return Path(world.rendezvous_file)
+    folder = Path(world.job_dir) if world.job_dir else run_dir
+    if world.launcher != "slurm" or folder is None:
+        return None
+    return folder / f".rendezvous-{world.attempt}.json"
 
 
 @contextmanager
-def meeting(world: World, folder: Path, device: str, stop: Callable[[], bool]) -> Iterator[Store]:
-    """A store that all ranks of a Slurm step are connected to, while the block runs.
+def meeting(world: World, file: Path, device: str, stop: Callable[[], bool]) -> Iterator[Meeting]:
+    """The ranks of a run, connected to a store in rank 0 while the block runs.
 
     Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface on which the ranks met, unless the
     user or the admin has.
 
     Args:
         world: of several ranks.
-        folder: that all nodes see; it exists.
+        file: where rank 0 says where it listens, in a folder that exists and that all nodes see.
         device: identifies this rank's GPU on its node, empty on the CPU.
         stop: whether this rank was asked to stop.
 
@@ -58,11 +99,12 @@ def meeting(world: World, folder: Path, device: str, stop: Callable[[], bool]) -
         Interrupted: asked to stop while waiting.
     """
     wait = _Wait(world, stop)
-    file = folder / f".rendezvous-{world.attempt}.json"
+    descriptor = None
     if world.is_main:
         listener = _listen(world)
         port = listener.getsockname()[1]
-        store: Store = _open_store("127.0.0.1", port, listener.detach())
+        descriptor = listener.detach()
+        store: Store = _open_store("127.0.0.1", port, descriptor)
         token = secrets.token_hex(16)
         store.set(_MARK, token)
         addresses = ["127.0.0.1"] if world.one_node else _own_addresses()
@@ -83,7 +125,7 @@ def meeting(world: World, folder: Path, device: str, stop: Callable[[], bool]) -
         if fault:
             raise ConfigurationError(fault)
         _prefer_interface(address, own=world.is_main)
-        yield store
+        yield Meeting(store, file, descriptor)
     finally:
         if world.is_main:
             with suppress(OSError):
@@ -94,6 +136,7 @@ class _Wait:
     """Waits for conditions, up to one moment that holds for all of them."""
 
     def __init__(self, world: World, stop: Callable[[], bool]) -> None:
+        self._poll = _POLL_SECONDS_HERE if world.one_node else _POLL_SECONDS
         self._seconds = world.rendezvous_seconds
         self._end = time.monotonic() + self._seconds
         self._stop = stop
@@ -110,7 +153,8 @@ class _Wait:
                 raise Interrupted("asked to stop before the ranks had met: nothing to save yet")
             if time.monotonic() > self._end:
                 raise PeerLost(f"waited {self._seconds:.0f} s for {what()}: see the job's log for them")
-            time.sleep(_POLL_SECONDS)
+            moved()  # this waiting has an end of its own
+            time.sleep(self._poll)
 
 
 def _listen(world: World) -> socket.socket:
@@ -177,7 +221,7 @@ def _join(world: World, file: Path, wait: _Wait) -> tuple[Store, str]:
 
     def try_once() -> bool:
         try:
-            place: dict[str, Any] = json.loads(file.read_bytes())
+            place: dict[str, Any] = json.loads(read_own(file))
             addresses, port, token = place["addresses"], int(place["port"]), str(place["token"])
         except (OSError, ValueError, KeyError):  # not there yet: NFS may show it half a minute late
             return False

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from agrivision.errors import RunMismatch
 from agrivision.fence import Fence, Owner, read_owner
+from agrivision.json_values import entries, parse, share, whole
+from agrivision.ownership import require_own_entries
 from agrivision.storage import make_private, storage_error
 from agrivision.world import World
 
@@ -64,6 +66,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def quarantine(self) -> Path:
+        """One JSON row for each damaged training tile that the run goes on without."""
+        return self.path / "quarantine.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of the event files."""
         return self.path / "tensorboard"
@@ -87,11 +94,11 @@ class RunDirectory:
         found: dict[int, float | None] = {}
         for line in lines:
             try:
-                row = json.loads(line)
+                row = entries(parse(line))
                 if row["kind"] == "evaluation":
                     score = row["miou"]
-                    found[int(row["step"])] = None if score is None else float(score)
-            except (ValueError, KeyError, TypeError, OverflowError):
+                    found[whole(row["step"])] = None if score is None else share(score)
+            except (ValueError, KeyError):
                 continue
         return found
 
@@ -113,11 +120,13 @@ class RunDirectory:
 
         Raises:
             RunMismatch: another process holds it.
+            Untrusted: it, or something in it, is somebody else's.
             StorageError, NotWritable: the disk refused.
         """
         path = self.path / ".lock"
         make_private(self.path)
         try:
+            require_own_entries(self.path, depth=2)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise storage_error(path, error) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from agrivision.errors import AgrivisionError, NotWritable, StorageError
+from agrivision.ownership import require_own
 
 
 @contextmanager
@@ -90,12 +91,14 @@ def make_private(folder: Path) -> None:
 
     Raises:
         StorageError, NotWritable: it cannot be made.
+        Untrusted: there is one that somebody else owns, or can write although it is ours now.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == os.getuid() and status.st_mode & 0o077:
+        if status.st_uid == os.geteuid() and status.st_mode & 0o077:
             folder.chmod(0o700)
+        require_own(folder)
     except OSError as error:
         raise storage_error(folder, error) from error
 

@@ -8,7 +8,8 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 
 from agrivision.console import say
-from agrivision.errors import AgrivisionError, BadInput, ExitCode
+from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passwords
+from agrivision.options import refuse_passwords
 from launch import control, logs, pipeline, status, sweep
 from launch.resources import build, describe, find_site, take_apart
 from launch.submit import Setting, check_ranks, freeze, locate, name_of, script, submit
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     mask = os.umask(0o077)  # for everything that is written, submitit's pickles too
     try:
+        refuse_passwords(arguments)
         return int(_dispatch(arguments))
     except AgrivisionError as error:
         return _complain(str(error), error.exit_code)
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(line: str, code: ExitCode) -> int:
-    sys.stderr.write(f"launch: error: {' '.join(line.split())}\n")
+    sys.stderr.write(f"launch: error: {without_passwords(' '.join(line.split()))}\n")
     return int(code)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from agrivision.ending import read_endings
-from agrivision.errors import AgrivisionError, BadInput, ExitCode
+from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passwords
 from agrivision.rundir import RunDirectory
 from agrivision.storage import make_private
 from launch import slurm
@@ -33,11 +33,12 @@ from launch.entry import become_frozen, with_code
 from launch.freeze import freeze_submission, runs_from
 from launch.jobdir import Attempt, JobDirectory, JobSpec
 from launch.place import Place
+from launch.poll import SECONDS
 from launch.turn import earlier_jobs
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_ASK_AGAIN_SECONDS = 15.0
-_ASKS = 60  # a controller that fails over, or is restarted, is back within minutes
+_ASK_AGAIN_SECONDS = SECONDS
+_ASKS = 30  # a controller that fails over, or is restarted, is back within minutes
 _TRIES = 6
 _STEP_WAIT = 60  # a rank that ended early leaves the others this many seconds
 _DISABLED = "disabled"  # what scontrol says where a job may not be requeued
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(line: str) -> None:
     clock = time.strftime("%Y-%m-%dT%H:%M:%S")
-    sys.stdout.write(f"{clock} launch: {' '.join(line.split())}\n")
+    sys.stdout.write(f"{clock} launch: {without_passwords(' '.join(line.split()))}\n")
     sys.stdout.flush()
 
 
@@ -101,6 +102,7 @@ def run(job: JobDirectory, signals: _Signals | None = None) -> int:
         AgrivisionError: in one line, what is wrong.
     """
     signals = signals or _Signals().listen()
+    job.require_own()
     return _Batch(job, job.spec(), Place.from_environment(), signals).go()
 
 

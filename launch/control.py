@@ -31,7 +31,7 @@ def cancel(argv: list[str]) -> ExitCode:
     parser.add_argument("paths", type=str, nargs="+", help="runs, jobs, or folders that hold some")
     args = parser.parse_args(argv)
     slurm.require()
-    found = find([Path(path) for path in args.paths])
+    found = _own(find([Path(path) for path in args.paths]))
     known = _ask(found)
     for one in found:
         jobs = _alive(one, known)
@@ -42,6 +42,25 @@ def cancel(argv: list[str]) -> ExitCode:
         if not jobs:
             say(f"{one.path}: nothing in the queue")
     return ExitCode.DONE
+
+
+def _own(found: Sequence[Found]) -> list[Found]:
+    """Without what is somebody else's: its list of jobs may name any, and its code do anything.
+
+    Raises:
+        BadInput: there is nothing else.
+    """
+    own = []
+    for one in found:
+        try:
+            if one.job is not None:
+                one.job.require_own()
+            own.append(one)
+        except BadInput as refusal:
+            if len(found) == 1:
+                raise
+            say(f"left alone: {refusal}")
+    return own
 
 
 def _ask(found: Sequence[Found]) -> dict[str, QueuedJob]:
@@ -77,7 +96,7 @@ def resume(argv: list[str]) -> ExitCode:
         raise BadInput("resume does not divide anew: give the command again, with other --parts")
     slurm.require()
     site = find_site(words.site)
-    found = find(paths)
+    found = _own(find(paths))
     known = _ask(found)
     for one in found:
         refusal = _refusal(one, known) or _unknown_ranks(one, words, site)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from agrivision.ending import Ending
+from agrivision.ending import STALLED, Ending
 from agrivision.errors import ExitCode
 from launch.jobdir import Attempt, JobSpec
 from launch.slurm import QueuedJob
@@ -36,8 +36,8 @@ def judge(endings: Sequence[Ending], code: int, ranks: Sequence[str]) -> Result:
     """One result for all ranks.
 
     The rank that could not go on counts, not those that left because it did: first what cannot be
-    mended by trying again, then what was not foreseen, then who said nothing, then the earliest of the
-    rest.
+    mended by trying again, then whom a watchdog named, then what was not foreseen, then who said
+    nothing, then the earliest of the rest.
 
     Args:
         endings: of those that said something.
@@ -47,10 +47,9 @@ def judge(endings: Sequence[Ending], code: int, ranks: Sequence[str]) -> Result:
     if len(endings) == len(ranks) and all(ending.code == ExitCode.DONE for ending in endings):
         return Result(code=ExitCode.DONE, line="")
     said = [f"{ranks[ending.rank]}: {ending.line}" for ending in endings]
-    for sort in (ExitCode.HOPELESS, ExitCode.BAD_INPUT):
-        for ending, line in zip(endings, said, strict=True):
-            if ending.code == sort:
-                return Result(code=sort, line=line)
+    clear = _clear(endings, said)
+    if clear is not None:
+        return clear
     silent = sorted(set(range(len(ranks))) - {ending.rank for ending in endings})
     failed = sorted(
         (not ending.traceback, ending.time, line, ending.traceback)
@@ -67,6 +66,19 @@ def judge(endings: Sequence[Ending], code: int, ranks: Sequence[str]) -> Result:
     if first:
         return Result(code=ExitCode.FAILED, line=first[0])
     return Result(code=ExitCode.STOPPED, line="")
+
+
+def _clear(endings: Sequence[Ending], said: Sequence[str]) -> Result | None:
+    """What counts whatever the others say."""
+    for sort in (ExitCode.HOPELESS, ExitCode.BAD_INPUT):
+        for ending, line in zip(endings, said, strict=True):
+            if ending.code == sort:
+                return Result(code=sort, line=line)
+    stalls = [(ending.time, ending.line) for ending in endings if ending.line.startswith(STALLED)]
+    if not stalls:
+        return None
+    # All say the same, of a rank that may itself have said nothing.
+    return Result(code=ExitCode.FAILED, line=min(stalls)[1])
 
 
 def _silence(ranks: Sequence[str], code: int) -> str:

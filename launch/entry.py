@@ -39,7 +39,15 @@ def frozen(words: Sequence[str], environment: Mapping[str, str]) -> tuple[str, s
         return "", ""
     spec = f"{folder}/job-{task}.json" if task else f"{folder}/job.json"
     whole = os.path.isfile(spec) and os.path.isdir(f"{folder}/code")  # noqa: PTH112, PTH113
-    return (folder, spec) if whole else ("", "")
+    # Else the batch side of today says what is wrong with it, in one line.
+    return (folder, spec) if whole and _own(folder, spec, f"{folder}/code") else ("", "")
+
+
+def _own(folder: str, *inside: str) -> bool:
+    """Whether a folder and what is in it are this user's or root's; see `agrivision.ownership`."""
+    paths = (folder, *inside, *(os.path.realpath(path) for path in inside))
+    owners = {os.lstat(path).st_uid for path in paths}
+    return owners <= {os.geteuid(), 0} and not os.stat(folder).st_mode & 0o022  # noqa: PTH116
 
 
 def _jobs(file: str) -> set[str]:

@@ -19,9 +19,16 @@ import yaml
 import agrivision
 from agrivision.errors import BadInput
 from agrivision.locks import FileLock, Patience
-from agrivision.options import parse_train
+from agrivision.options import parse_train, refuse_passwords
 from agrivision.part import never
-from agrivision.storage import remove_tree, storage_error, sync_folder, sync_tree, write_atomically
+from agrivision.storage import (
+    make_private,
+    remove_tree,
+    storage_error,
+    sync_folder,
+    sync_tree,
+    write_atomically,
+)
 from launch.entry import job_folder, value_of
 from launch.jobdir import JobDirectory, JobSpec
 from launch.place import Place
@@ -57,6 +64,7 @@ def freeze_submission(
         BadInput: an argument or a file is wrong, or another job of the directory runs.
         StorageError, NotWritable: the disk refused.
     """
+    refuse_passwords(words)
     command, arguments = (words[0], words[1:]) if words else ("", ())
     if command not in _MISSING:
         raise BadInput(f"give a command ({', '.join(_MISSING)}) and its arguments")
@@ -70,6 +78,7 @@ def freeze_submission(
     if command == "train":
         parse_train(arguments)  # nothing is made of what is wrong
     job.make()
+    job.require_own()
     with _alone(job):
         earlier_jobs(job, place, say)
         if not _frozen_by_array(job, place):
@@ -181,6 +190,7 @@ def freeze_train(arguments: Sequence[str]) -> tuple[JobDirectory, Path, tuple[st
     """
     options = parse_train(arguments)
     run_dir = Path(os.path.abspath(options.run_dir))  # noqa: PTH100 - Path.resolve follows links
+    make_private(run_dir)  # refuses somebody else's, who could put another job in the place of this one
     job = JobDirectory.of_run(run_dir)
     job.make()
     tree = options.config.to_dict()

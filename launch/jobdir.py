@@ -18,18 +18,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agrivision import json_values
 from agrivision.errors import BadInput
+from agrivision.ownership import require_own, require_own_entries
 from agrivision.storage import make_private, storage_error, write_atomically
 
 VERSION = 1
 _FOLDER = "launch"
 _SUFFIX = ".launch"
+_JOB = re.compile(r"[0-9_]{1,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +77,20 @@ class JobSpec:
         Raises:
             ValueError, KeyError, TypeError: it is something else.
         """
-        content = json.loads(text)
+        content = json_values.entries(json_values.parse(text))
         if content.pop("version") != VERSION:
             raise ValueError("another format version")
         for name in ("command", "python", "srun", "dependents"):
-            content[name] = tuple(content[name])
-        return cls(**content)
+            content[name] = json_values.texts(content[name])
+        spec = cls(**content)
+        for count in (spec.max_attempts, spec.max_stalled, spec.signal_seconds):
+            json_values.whole(count)
+        for path in (spec.run_dir, spec.cwd):
+            json_values.text(path)
+        json_values.entries(spec.resources)
+        if not spec.command or not spec.python:
+            raise ValueError("it has no command to run")
+        return spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +208,21 @@ class JobDirectory:
         """
         make_private(self.path)
 
+    def require_own(self) -> None:
+        """Refuse a directory of somebody else: what stands in it is run, resumed or cancelled.
+
+        Raises:
+            BadInput: it, or something in it, is somebody else's, or cannot be looked at.
+        """
+        try:
+            # A sweep's element runs the code in the sweep's own directory.
+            for folder in {self.path, self.code.resolve().parent}:
+                require_own(folder)
+                if folder.is_dir():
+                    require_own_entries(folder)
+        except OSError as error:
+            raise BadInput(f"cannot look at {self.path}: {error.strerror}") from None
+
     def spec(self) -> JobSpec:
         """What every attempt runs.
 
@@ -233,12 +260,12 @@ class JobDirectory:
 
     def jobs(self) -> list[str]:
         """The ids of all jobs that Slurm was given, oldest first."""
-        return [str(row["job"]) for row in self._rows("submissions.jsonl") if "job" in row]
+        return [row["job"] for row in self._rows("submissions.jsonl") if _is_job(row.get("job"))]
 
     def lineage(self, job: str) -> set[str]:
         """A job and those that it succeeded: what one submission by a person has led to."""
-        before = {str(row["job"]): str(row["after"]) for row in self._rows("submissions.jsonl")
-                  if "job" in row and "after" in row}  # fmt: skip
+        before = {row["job"]: row["after"] for row in self._rows("submissions.jsonl")
+                  if _is_job(row.get("job")) and _is_job(row.get("after"))}  # fmt: skip
         found = {job}
         while (job := before.get(job, "")) and job not in found:
             found.add(job)
@@ -266,10 +293,10 @@ class JobDirectory:
         names = {field.name for field in dataclasses.fields(Attempt)}
         for row in self._rows(self._attempts_file):
             try:
-                attempt = Attempt(**{name: row[name] for name in row.keys() & names})
-            except TypeError:
+                attempt = _attempt({name: row[name] for name in row.keys() & names})
+            except (ValueError, TypeError):
                 continue
-            found[attempt.number] = dataclasses.replace(attempt, nodes=tuple(attempt.nodes))
+            found[attempt.number] = attempt
         return [found[number] for number in sorted(found)]
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
@@ -288,8 +315,34 @@ class JobDirectory:
             return
         for line in lines:
             try:
-                row = json.loads(line)
+                row = json_values.parse(line)
             except ValueError:  # torn by a kill
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def _is_job(value: Any) -> bool:
+    """Whether a row's value can be an id of Slurm's."""
+    return isinstance(value, str) and _JOB.fullmatch(value) is not None
+
+
+def _attempt(row: dict[str, Any]) -> Attempt:
+    """An attempt from a row.
+
+    Raises:
+        ValueError, TypeError: a value is missing, or of another type.
+    """
+    attempt = Attempt(**row)
+    json_values.whole(attempt.number)
+    json_values.whole(attempt.tasks)
+    json_values.number(attempt.began)
+    json_values.flag(attempt.preempted)
+    for text in (attempt.job, attempt.reason, attempt.decision):
+        json_values.text(text)
+    for count in (attempt.from_step, attempt.to_step, attempt.code):
+        if count is not None:
+            json_values.whole(count, least=-json_values.MOST)
+    if attempt.ended is not None:
+        json_values.number(attempt.ended)
+    return dataclasses.replace(attempt, nodes=json_values.texts(attempt.nodes))

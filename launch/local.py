@@ -3,8 +3,8 @@
 `python -m launch.local --ranks 2 train --config … --run_dir …`
 
 torchrun does the same and more, but answers every failure with exit code 1: whoever waits for 85
-("checkpointed, wants another turn") never sees it. Here the ranks meet at a file in a private folder
-instead of a port, so nothing listens beyond loopback.
+("checkpointed, wants another turn") never sees it. Here the ranks meet on loopback, where a file in a
+private folder says, so nothing listens beyond it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
     """Start a command once for each rank, pass signals on, and wait for all.
 
     When a rank fails the others get SIGTERM, as `srun --kill-on-bad-exit` does it, and SIGKILL a
-    minute later. A rank that was merely asked to stop (85) is no failure.
+    minute later, or at once where they are stopped and cannot hear. A rank that was merely asked to
+    stop (85) is no failure.
 
     Args:
         command: program and arguments; never a shell string.
@@ -133,13 +134,23 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         if bad and deadline is None:
             first, deadline = bad[0], time.monotonic() + _GRACE_SECONDS
             _signal_all(processes, signal.SIGTERM)
-        if deadline is not None and time.monotonic() > deadline:
-            _signal_all(processes, signal.SIGKILL)
+        if deadline is not None:
+            late = time.monotonic() > deadline
+            _signal_all([each for each in processes if late or _is_stopped(each)], signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
     codes = [process.returncode for process in processes]
     bad = [code for code in codes if code not in (0, _STOPPED)]
     code = first or (bad[0] if bad else max(codes))
     return 128 - code if code < 0 else code  # as a shell tells a death by signal
+
+
+def _is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process stands still after SIGSTOP, in which it hears of nothing but SIGKILL."""
+    try:
+        status = Path(f"/proc/{process.pid}/stat").read_text()
+    except OSError:  # gone
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"
 
 
 def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:

@@ -20,7 +20,7 @@ from launch.poll import poll
 from launch.status import is_over, known_of, state_of
 from launch.submit import alive
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 1.0  # of the log; Slurm is asked by launch.poll
 _CHUNK = 1 << 16
 # What launch.batch prints when an attempt begins.
 _BEGINNING = re.compile(rb"^\S+ launch: attempt (\d+) on ", re.MULTILINE)

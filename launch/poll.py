@@ -1,7 +1,8 @@
 """What Slurm says of this user's jobs, asked for all together and not too often.
 
 The answer is kept in a private file for half a minute, also where it is that there was none: `watch -n1
-python -m launch status` on every screen of the office costs the controller one question.
+python -m launch status` on every screen of the office costs the controller one question. Nothing here
+or elsewhere in launch/ asks it the same again sooner.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from agrivision.errors import AgrivisionError
+from agrivision.errors import AgrivisionError, Untrusted
+from agrivision.ownership import read_own
 from agrivision.storage import make_private, write_atomically
 from launch import slurm
 from launch.slurm import QueuedJob
 
 SECONDS = 30.0
+_WITHOUT_FILE: dict[
+    Path, tuple[float, Answer]
+] = {}  # of this process, where there is no home to write to
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,12 @@ def _file(environment: Mapping[str, str]) -> Path:
 def _read(file: Path, now: float) -> tuple[float, Answer]:
     """When Slurm was asked, and what came of it; as if it were long ago where there is no file."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_own(file))
         asked, problem = float(content["time"]), str(content["problem"])
         jobs = {str(name): QueuedJob(**job) for name, job in content["jobs"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 0.0, Answer({}, None)
+    except (OSError, Untrusted, ValueError, KeyError, TypeError, AttributeError):
+        asked, kept = _WITHOUT_FILE.get(file, (0.0, Answer({}, None)))
+        return asked, dataclasses.replace(kept, age=None if kept.age is None else now - asked)
     return asked, Answer(jobs, None if problem else now - asked, problem)
 
 
@@ -90,5 +96,5 @@ def _write(file: Path, now: float, answer: Answer) -> None:
     try:
         make_private(file.parent)
         write_atomically(file, json.dumps(content).encode())
-    except AgrivisionError:  # no home to write to: every question goes to Slurm, as without this module
-        return
+    except AgrivisionError:
+        _WITHOUT_FILE[file] = now, answer

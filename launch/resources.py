@@ -22,13 +22,33 @@ import jsonargparse
 import yaml
 
 from agrivision.errors import BadInput
+from agrivision.ownership import read_own
 from launch.freeze import python_of_this
 
 COMMANDS = ("train", "prepare", "evaluate", "predict")
 
 _NODES = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
-_GPUS = re.compile(r"(?:[\w.-]+:)?(\d+)")
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_GPUS = re.compile(r"(?:[\w.-]+:)?(\d+)", re.ASCII)
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
+# What each text may hold. A node list with a slash would be a file's name to sbatch; what begins with a
+# dash is an option to somebody.
+_NAMES_OF_SLURM = r"[\w.+@][\w.+@-]*(?:,[\w.+@][\w.+@-]*)*"
+_SHAPES = {
+    "mem": (r"\d+(?:\.\d+)?[KMGT]?B?", "a size such as 64G"),
+    "partition": (_NAMES_OF_SLURM, "a name, or several with commas"),
+    "account": (_NAMES_OF_SLURM, "a name"),
+    "qos": (_NAMES_OF_SLURM, "a name"),
+    "reservation": (_NAMES_OF_SLURM, "a name"),
+    "constraint": (r"[\w.+@(\[][\w.+@()\[\]&|*,:-]*", "features such as a100&ib or [rack1|rack2]"),
+    "nodelist": (r"\w[\w.,\[\]-]*", "nodes such as n[1-4],n7"),
+    "exclude": (r"\w[\w.,\[\]-]*", "nodes such as n[1-4],n7"),
+    "gres": (r"\w[\w.:,=()-]*", "resources such as gpu:2,disk:100"),
+    "mail_user": (r"[\w.+][\w.+@,-]*", "an address"),
+    "mail_type": (r"\w+(?:,\w+)*", "events such as FAIL,END"),
+    "dependency": (r"\w+(?:[:,?+*]\w+)*", "jobs such as afterok:17:18"),
+}
+_LONGEST = 1000  # sbatch reads each line into a buffer of some thousand bytes
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _FLAGS = ("exclusive",)
 _OPTIONS = "srun_args"  # its value begins with two dashes, as no other does
 # What the shell's profile of many users sets for sbatch; it must not win over the command line here.
@@ -104,6 +124,11 @@ class Resources:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, str):
                 check_text(f"--{name}", value)
+                _require(len(value) <= _LONGEST, name, value, f"no longer than {_LONGEST} characters")
+        for name, (shape, wanted) in _SHAPES.items():
+            value = getattr(self, name)
+            good = value is None or re.fullmatch(shape, value, re.ASCII | re.IGNORECASE) is not None
+            _require(good, name, value, wanted)
         nodes = _NODES.fullmatch(self.nodes)
         wanted = "a number of nodes, or a range such as 2-4"
         _require(nodes is not None and self.least_nodes <= self.most_nodes, "nodes", self.nodes, wanted)
@@ -179,18 +204,20 @@ def _require(condition: bool, name: str, value: object, wanted: str) -> None:
 
 
 def check_text(what: str, text: str) -> None:
-    """Refuse line breaks and their like: a batch script and a log have no way to write them.
+    """Refuse line breaks, their like, and bytes that are no text: no script or log can write them.
 
     Raises:
         BadInput: there is one.
     """
-    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+    if _CONTROL.search(text):
         raise BadInput(
             f"{what} is {text!r}: a line break or another control character cannot stand there"
         )
 
 
 NAMES = tuple(entry.name for entry in dataclasses.fields(Resources))
+_TEXTS = {entry.name for entry in dataclasses.fields(Resources) if entry.type == "str | None"}
+_UNSET = ("", "null")
 
 
 def build(*layers: Mapping[str, Any]) -> Resources:
@@ -205,12 +232,16 @@ def build(*layers: Mapping[str, Any]) -> Resources:
     merged: dict[str, Any] = {}
     for layer in layers:
         merged |= layer
-    words = [f"--{name}={_written(value)}" for name, value in merged.items()]
+    given = {name: _written(value) for name, value in merged.items()}
+    # As YAML, which the parser reads, a text that begins with # is nothing.
+    texts = {
+        name: None if value in _UNSET else value for name, value in given.items() if name in _TEXTS
+    }
     try:
-        parsed = _parser().parse_args(words)
+        parsed = _parser().parse_args([f"--{name}={given[name]}" for name in given.keys() - _TEXTS])
     except ArgumentError as error:
         raise _shortened(str(error), merged) from None
-    return Resources(**{name: getattr(parsed, name) for name in NAMES})
+    return Resources(**{name: getattr(parsed, name) for name in NAMES} | texts)
 
 
 def _written(value: object) -> str:
@@ -349,11 +380,12 @@ def read_site(file: Path) -> Site:
     """Read a site profile.
 
     Raises:
-        BadInput: it cannot be read, or says what it cannot say; the line names the file.
+        BadInput: it cannot be read, says what it cannot say, or is somebody else's, whose lines the
+            job's shell would run; the line names the file.
     """
     try:
         # Everything stays text: to YAML 1:30:00 is the number 5400.
-        content = yaml.load(file.read_text(), Loader=yaml.BaseLoader)  # noqa: S506 - text only
+        content = yaml.load(read_own(file).decode(), Loader=yaml.BaseLoader)  # noqa: S506 - text only
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the site profile {file}: {error}") from None
     except yaml.YAMLError as error:

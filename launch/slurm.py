@@ -19,6 +19,7 @@ _SECONDS = 60.0  # a controller under load answers late; one that is down is wor
 _RUNNING = "RUNNING"
 _FIELDS = ("JobArrayID", "JobID", "State", "Reason", "TimeLeft", "TimeLimit", "NodeList", "StartTime",
            "PreemptTime", "RestartCnt")  # fmt: skip
+_ID = re.compile(r"\d+(?:[_+]\d+)?")  # of a job, of an array's task, of a part of a heterogeneous job
 _COLUMN = 255  # squeue cuts every column at its width
 # What a job hands to its step must not reach a job that it submits: it would ask for the same again.
 _INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")
@@ -95,7 +96,7 @@ def queue(jobs: Sequence[str]) -> dict[str, QueuedJob]:
     """
     if not jobs:
         return {}
-    return _queue(f"--jobs={','.join(jobs)}")
+    return _queue(f"--jobs={','.join(map(_id, jobs))}")
 
 
 def queue_of_user() -> dict[str, QueuedJob]:
@@ -117,7 +118,7 @@ def _queue(which: str) -> dict[str, QueuedJob]:
             return {}
         raise SlurmError(f"squeue: {_said(done)}")
     found = {}
-    for line in done.stdout.splitlines():
+    for line in done.stdout.removesuffix("\n").split("\n") if done.stdout else ():
         row = dict(zip(_FIELDS, _cells(line, _COLUMN, len(_FIELDS)), strict=True))
         job = QueuedJob(
             id=row["JobArrayID"],
@@ -135,6 +136,17 @@ def _queue(which: str) -> dict[str, QueuedJob]:
     return found
 
 
+def _id(job: str) -> str:
+    """A job's id; what is none comes from a damaged list of jobs, and may be an option to Slurm.
+
+    Raises:
+        SlurmError: it is none.
+    """
+    if _ID.fullmatch(job) is None:
+        raise SlurmError(f"{job!r} is no job id")
+    return job
+
+
 def seconds_of(text: str) -> int | None:
     """A time as Slurm writes it, `1-02:03:04`, `2:03:04` or `3:04`; None for UNLIMITED and its like."""
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
@@ -150,7 +162,7 @@ def requeue(job: str) -> None:
     Raises:
         SlurmError: Slurm refused: requeueing is disabled, or the job has ended.
     """
-    _call(["scontrol", "requeue", job])
+    _call(["scontrol", "requeue", _id(job)])
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -159,7 +171,7 @@ def cancel(jobs: Sequence[str]) -> None:
     Raises:
         SlurmError: Slurm refused.
     """
-    _call(["scancel", *jobs])
+    _call(["scancel", *map(_id, jobs)])
 
 
 def update(job: str, **changes: str) -> None:
@@ -168,7 +180,14 @@ def update(job: str, **changes: str) -> None:
     Raises:
         SlurmError: Slurm refused.
     """
-    _call(["scontrol", "update", f"JobId={job}", *(f"{key}={value}" for key, value in changes.items())])
+    _call(
+        [
+            "scontrol",
+            "update",
+            f"JobId={_id(job)}",
+            *(f"{key}={value}" for key, value in changes.items()),
+        ]
+    )
 
 
 def submit(script: str, options: Sequence[str] = (), arguments: Sequence[str] = ()) -> str:
@@ -266,7 +285,7 @@ def _line_about(job: str, form: str) -> str:
     done = _call(["squeue", "--noheader", f"--jobs={job}", form])
     if not done.stdout:
         raise SlurmError(f"squeue says nothing of job {job}")
-    return done.stdout.splitlines()[0]
+    return done.stdout.split("\n")[0]
 
 
 def _told_by(environment: Mapping[str, str]) -> dict[str, str]:

@@ -231,6 +231,7 @@ def freeze(job: JobDirectory, command: str, arguments: Sequence[str], setting: S
         _, folder, frozen = freeze_train(arguments)
         run_dir = str(folder)
     job.make()
+    job.require_own()
     freeze_code(job, again=True)
     for part in parts:
         share = ("--part", f"{part.task}/{len(parts)}") if part.task is not None else ()

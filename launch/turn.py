@@ -10,12 +10,12 @@ from launch import slurm
 from launch.find import jobs_of
 from launch.jobdir import JobDirectory
 from launch.place import Place
+from launch.poll import SECONDS
 
 _RUNS = frozenset({"RUNNING", "SUSPENDED", "STOPPED", "CONFIGURING", "RESIZING", "SIGNALING"})
 _GOES = "COMPLETING"
 _WAITS = "PENDING"
-_POLL_SECONDS = 2.0
-_PATIENCE_SECONDS = 120.0  # a job that was cancelled may still be saving
+_PATIENCE_SECONDS = 120.0  # four questions: a job that was cancelled may still be saving
 
 
 def earlier_jobs(job: JobDirectory, place: Place, say: Callable[[str], None]) -> list[str]:
@@ -47,7 +47,7 @@ def earlier_jobs(job: JobDirectory, place: Place, say: Callable[[str], None]) ->
         if not waited:
             say(f"waiting for job {' '.join(ending)}, which is about to end")
         waited = True
-        time.sleep(_POLL_SECONDS)
+        time.sleep(SECONDS)
 
 
 def _others(job: JobDirectory, place: Place) -> list[str]:

@@ -153,16 +153,56 @@ def test_the_newest_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
 def test_a_step_saved_twice_stays_the_first(tmp_path: Path) -> None:
     folder = save(tmp_path, some(1), step=7, epoch=0)
     before = tree(tmp_path)
-    assert save(tmp_path, some(2), step=7, epoch=3) == folder
+    assert save(tmp_path, some(1), step=7, epoch=3, attempt=2) == folder
     assert tree(tmp_path) == before
 
 
-def test_a_folder_without_manifest_is_replaced(tmp_path: Path) -> None:
+def test_a_step_saved_twice_with_other_bits_is_kept_aside(tmp_path: Path) -> None:
     folder = save(tmp_path, some(1), step=7, epoch=0)
-    (folder / MANIFEST).unlink()
-    save(tmp_path, some(2), step=7, epoch=0)
+    for number in (2, 3):
+        assert save(tmp_path, some(number), step=7, epoch=0) == folder
+        assert_same_states(load(folder).states, some(number))
+    assert steps(tmp_path) == ["other-step-000000007", "other-step-000000007.1", "step-000000007"]
+    for number, name in enumerate(steps(tmp_path)[:2], 1):
+        assert_same_states(load(tmp_path / name).states, some(number))
+
+
+@pytest.mark.parametrize("kind", ["no manifest", "damaged", "a file", "a dangling link"])
+def test_what_else_has_the_name_is_kept_aside(tmp_path: Path, kind: str) -> None:
+    folder = save(tmp_path / "checkpoints", some(1), step=7, epoch=0)
+    if kind == "no manifest":
+        (folder / MANIFEST).unlink()
+    elif kind == "damaged":
+        (folder / "model.safetensors").write_bytes(b"0")
+    else:
+        folder.rename(tmp_path / "elsewhere")
+        folder.touch() if kind == "a file" else folder.symlink_to("nowhere")
+    before = tree(tmp_path)
+    save(folder.parent, some(2), step=7, epoch=0)
     assert_same_states(load(folder).states, some(2))
-    assert list(tmp_path.iterdir()) == [folder]
+    shutil.rmtree(folder)
+    folder.with_name("damaged-step-000000007").rename(folder)
+    assert tree(tmp_path) == before
+
+
+def test_what_the_disk_gives_back_otherwise_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, some(1), step=1, epoch=0)
+    before = tree(tmp_path)
+    sync_tree = checkpoint.sync_tree
+
+    def rot(folder: Path) -> None:
+        sync_tree(folder)
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(checkpoint, "sync_tree", rot)
+    with pytest.raises(
+        StorageError, match=r"does not give back what was written: .*model\.safetensors"
+    ):
+        save(tmp_path, some(2), step=2, epoch=0)
+    assert tree(tmp_path) == before
 
 
 # Interrupted
@@ -384,10 +424,8 @@ def test_later_checkpoints_are_set_aside_and_their_steps_saved_again(
     (folder / "step-000000002" / MANIFEST).write_bytes(b"{}")
     for repeated in (2, 20):
         set_aside(folder, 1)
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "damaged-step-000000002",
-            "step-000000001",
-        ]
+        whole = ["other-step-000000002"] if repeated == 20 else []  # nothing is removed
+        assert steps(folder) == ["damaged-step-000000002", *whole, "step-000000001"]
         save(folder, some(repeated), step=2, epoch=1)
         newest = latest(folder)
         assert newest is not None

@@ -55,6 +55,16 @@ def test_the_code_is_that_of_the_rank_that_failed_first(codes: list[str], wanted
     assert children(os.getpid()) == before
 
 
+def test_a_rank_that_is_stopped_does_not_keep_the_launcher_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local, "_GRACE_SECONDS", 10 * PATIENCE)
+    before = children(os.getpid())
+    stops = "os.kill(os.getpid(), signal.SIGSTOP)"
+    assert local.run_ranks(program(stops, "sys.exit(1)", LEAVES_WHEN_ASKED), 3) == 1
+    assert children(os.getpid()) == before
+
+
 def test_ranks_know_their_place(tmp_path: Path) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     line = (

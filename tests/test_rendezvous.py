@@ -87,6 +87,65 @@ def test_names_that_do_not_resolve_and_a_port_that_is_taken(tmp_path: Path) -> N
     assert not list(tmp_path.glob(".rendezvous*"))
 
 
+def ports_of(process: int) -> set[int]:
+    """The ports at which a process listens."""
+    folder = Path(f"/proc/{process}/fd")
+    sockets = {str(each.readlink()) for each in folder.iterdir() if each.is_symlink()}
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {
+        int(row[1].rpartition(":")[2], 16)
+        for row in rows
+        if row[3] == "0A" and f"socket:[{row[9]}]" in sockets
+    }
+
+
+def stay(rank: int, file: Path, output: Connection) -> None:
+    """A rank that meets the other, and says when it is through, and what it then still hears."""
+    import torch
+
+    from agrivision.distributed import connected
+
+    world = World(rank=rank, size=2, local_rank=rank, local_size=2, rendezvous_file=str(file))
+    with connected(world, torch.device("cpu")) as ranks:
+        assert ranks.store is not None
+        ranks.sum(torch.tensor(1))
+        output.send("met")
+        output.recv()
+        ranks.store.set(f"note {rank}", f"of {rank}")
+        total = int(ranks.sum(torch.tensor(rank + 1)))
+        output.send(f"{total} {ranks.store.get(f'note {1 - rank}').decode()}")
+        output.recv()
+
+
+def test_the_port_is_closed_once_all_have_met(tmp_path: Path) -> None:
+    file = tmp_path / "rendezvous"
+    pipes = [CONTEXT.Pipe() for _ in range(2)]
+    ranks = [
+        CONTEXT.Process(target=stay, args=(rank, file, its)) for rank, (_, its) in enumerate(pipes)
+    ]
+    for rank in ranks:
+        rank.start()
+    for ours, _ in pipes:
+        assert ours.poll(120) and ours.recv() == "met"
+    for rank in ranks:
+        assert rank.pid is not None
+        # Gloo's own sockets remain, at ports that the kernel chose.
+        assert not ports_of(rank.pid) & set(PORTS)
+    assert not file.exists()
+    for ours, _ in pipes:
+        ours.send("go on")
+    for rank, (ours, _) in enumerate(pipes):
+        assert ours.poll(120) and ours.recv() == f"3 of {1 - rank}"
+        ours.send("leave")
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+
+
 def test_missing_ranks_are_named(tmp_path: Path) -> None:
     ranks = [start(tmp_path, rank, 3, nodes="n[1-3]", seconds=3) for rank in (0, 2)]
     main, other = (rank.said() for rank in ranks)

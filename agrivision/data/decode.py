@@ -73,6 +73,20 @@ class Pixels:
         """The labels as int32 with bits 0 … 15, as loss and score take them."""
         return self.labels.to(torch.int32) & 0xFFFF
 
+    def stand_in(self, slot: int, other: int | None) -> None:
+        """Put another tile's image where one is missing, or zeros, without a valid pixel.
+
+        Only in host memory, while nobody else holds it.
+
+        Args:
+            slot: which is missing.
+            other: whose image it gets; None for zeros.
+        """
+        for plane in self.planes:
+            pixels = plane.numpy()
+            pixels[slot] = 0 if other is None else pixels[other]
+        self.labels[slot] = 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:

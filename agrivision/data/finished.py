@@ -30,7 +30,7 @@ def is_made_of(folder: Path, source: Source, jobs: Sequence[Job]) -> bool:
         schema = Schema.read(folder)
     except DatasetError:
         return False
-    if _about(schema) != _about(source):
+    if about(schema) != about(source):
         return False
     shards = {(split, info.name): info for split, each in schema.splits.items() for info in each.shards}
     if not shards.keys() <= {(job.split, job.name) for job in jobs}:
@@ -39,7 +39,8 @@ def is_made_of(folder: Path, source: Source, jobs: Sequence[Job]) -> bool:
         return all(_fits(folder, job, shards, source, read) for job in jobs)
 
 
-def _about(described: Schema | Source) -> tuple[object, ...]:
+def about(described: Schema | Source) -> tuple[object, ...]:
+    """What a data set and the source that it was made of have in common."""
     kind = described.source if isinstance(described, Schema) else described.kind
     names = ("bands", "dtype", "tile", "parts", "classes", "class_values", "unscored", "nodata")
     return (kind, *(getattr(described, name) for name in names))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,15 +11,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from agrivision.data.labels import class_pixels, decompress_into
+from agrivision.data import recipe
+from agrivision.data.labels import Labels, class_pixels, decompress_into, valid_mask
 from agrivision.data.parts import decode_part
 from agrivision.data.schema import FILE_NAME, Schema, ShardInfo, Split
-from agrivision.data.shards import LABELS, Shard
-from agrivision.data.sources.source import Problem, Report, Silence
-from agrivision.errors import DatasetError
+from agrivision.data.shards import LABELS, Shard, member_header
+from agrivision.data.sources.source import Report, Silence
+from agrivision.errors import DatasetError, Interrupted
+from agrivision.part import Stop, never
 
-_KEEP = 1000
+_KEEP = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is damaged or missing in a data set.
+
+    Attributes:
+        path: the file.
+        kind: `shard` (a file is missing, cut or another one), `tile`, `header` (what lies between the
+            records; our own reader does not need it).
+        what: the rest of the sentence.
+        split: the split.
+        shard: name of the shard.
+        row: of the tile in the shard; None where it is not one tile alone.
+        key: of the tile.
+        tiles: how many cannot be used because of it.
+    """
+
+    path: str
+    kind: str
+    what: str
+    split: str
+    shard: str
+    row: int | None = None
+    key: str | None = None
+    tiles: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +64,7 @@ class Inspection:
         bytes: of all files that belong to it.
         verified: whether every record was read and decoded.
         damaged_tiles: tiles that cannot be used, those of damaged shards included.
-        damage: what is damaged or missing, the first thousand.
+        damage: what is damaged or missing, the first hundred thousand.
         damage_count: how many there are of them.
         left_over: files that do not belong to the data set, relative to it.
     """
@@ -43,7 +74,7 @@ class Inspection:
     bytes: int
     verified: bool
     damaged_tiles: int
-    damage: tuple[Problem, ...]
+    damage: tuple[Finding, ...]
     damage_count: int
     left_over: tuple[str, ...]
 
@@ -94,7 +125,7 @@ class Inspection:
             "verified": self.verified,
             "whole": self.whole,
             "damaged_tiles": self.damaged_tiles,
-            "damage": [problem._asdict() for problem in self.damage],
+            "damage": [dataclasses.asdict(finding) for finding in self.damage],
             "damage_count": self.damage_count,
             "left_over": list(self.left_over),
         }
@@ -114,8 +145,9 @@ def inspect_dataset(folder: Path, *, verify: bool = False, report: Report | None
     """Look at a data set.
 
     Without `verify`, dataset.json is read and every shard opened: sizes and indexes are compared.
-    With it, every record's checksum is compared, every image and label file decoded and the tar
-    files' own headers read.
+    With it, every record's checksum is compared, every image and label file decoded, what is in them
+    compared with what was counted, and all that lies between the records with what `prepare` writes:
+    no byte of a shard is left out.
 
     Raises:
         DatasetError: dataset.json is missing or damaged, so that nothing can be said.
@@ -123,13 +155,13 @@ def inspect_dataset(folder: Path, *, verify: bool = False, report: Report | None
     schema = Schema.read(folder)
     report = report or Silence()
     report.total(sum(split.tiles for split in schema.splits.values()))
-    damage: list[Problem] = []
+    damage: list[Finding] = []
     count = tiles = 0
-    for problem, lost in _damage(folder, schema, report, verify=verify):
-        report.problem(problem.path, problem.what)
-        count, tiles = count + 1, tiles + lost
+    for finding in find_damage(folder, schema, report, verify=verify):
+        report.problem(finding.path, finding.what)
+        count, tiles = count + 1, tiles + finding.tiles
         if len(damage) < _KEEP:
-            damage.append(problem)
+            damage.append(finding)
     files = _files(schema)
     return Inspection(
         folder=folder,
@@ -145,7 +177,11 @@ def inspect_dataset(folder: Path, *, verify: bool = False, report: Report | None
 
 def _files(schema: Schema) -> list[str]:
     shards = [f"{name}/{s.name}" for name, split in schema.splits.items() for s in split.shards]
-    return [FILE_NAME, *(f"{shard}{end}" for shard in shards for end in (".tar", ".index.npy"))]
+    return [
+        FILE_NAME,
+        recipe.FILE_NAME,
+        *(f"{shard}{end}" for shard in shards for end in (".tar", ".index.npy")),
+    ]
 
 
 def _left_over(folder: Path, files: Iterable[str]) -> list[str]:
@@ -154,50 +190,85 @@ def _left_over(folder: Path, files: Iterable[str]) -> list[str]:
     return sorted(str(path) for path in present if path.as_posix() not in known)
 
 
-def _damage(
-    folder: Path, schema: Schema, report: Report, *, verify: bool
-) -> Iterator[tuple[Problem, int]]:
-    """Everything damaged, and the tiles that are lost with it."""
+def find_damage(
+    folder: Path,
+    schema: Schema,
+    report: Report | None = None,
+    *,
+    verify: bool = True,
+    stop: Stop = never,
+) -> Iterator[Finding]:
+    """Everything that is damaged or missing in a data set.
+
+    Args:
+        folder: the data set.
+        schema: its dataset.json.
+        report: is told of the progress.
+        verify: read every byte; else only sizes and indexes are compared.
+        stop: whether to stop before the next shard.
+
+    Raises:
+        Interrupted: asked to stop.
+    """
     threads = min(8, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
         for name, split in schema.splits.items():
-            if sum(info.tiles for info in split.shards) != split.tiles:
-                what = f"the shards of {name} do not hold {split.tiles} tiles together"
-                yield Problem(str(folder / FILE_NAME), "count", what), 0
             for info in split.shards:
-                yield from _shard_damage(folder / name, info, schema, pool, verify=verify)
-                report.advance(info.tiles)
+                if stop():
+                    raise Interrupted("stopped while the data set was being read; nothing was changed")
+                yield from _Looker(folder, name, info, schema, pool).look(verify=verify)
+                if report is not None:
+                    report.advance(info.tiles)
 
 
-def _shard_damage(
-    folder: Path, info: ShardInfo, schema: Schema, pool: ThreadPoolExecutor, *, verify: bool
-) -> Iterator[tuple[Problem, int]]:
-    try:
-        shard = Shard(folder, info, len(schema.parts) + 1)
-    except DatasetError as error:
-        index, tar = folder / f"{info.name}.index.npy", folder / f"{info.name}.tar"
-        path = index if str(index) in str(error) else tar
-        yield Problem(str(path), "shard", _without(path, error)), info.tiles
-        return
-    if not verify:
-        return
-    checks = pool.map(lambda row: _tile_damage(shard, row, schema), range(info.tiles))
-    for what in checks:
-        if what:
-            yield Problem(str(shard.path), "tile", what), 1
-    for what in _header_damage(shard, schema):
-        yield Problem(str(shard.path), "header", what), 0
+@dataclass(frozen=True)
+class _Looker:
+    """Looks at one shard."""
+
+    folder: Path
+    split: str
+    info: ShardInfo
+    schema: Schema
+    pool: ThreadPoolExecutor
+
+    def look(self, *, verify: bool) -> Iterator[Finding]:
+        folder, info = self.folder / self.split, self.info
+        try:
+            shard = Shard(folder, info, len(self.schema.parts) + 1, self.schema.most_record_bytes)
+        except DatasetError as error:
+            index, tar = folder / f"{info.name}.index.npy", folder / f"{info.name}.tar"
+            path = index if str(index) in str(error) else tar
+            yield self._finding(path, "shard", _without(path, error), tiles=info.tiles)
+            return
+        if not verify:
+            return
+        checks = self.pool.map(
+            lambda row: _tile_damage(shard, row, self.schema, self.split), range(info.tiles)
+        )
+        for row, what in enumerate(checks):
+            if what:
+                key = shard.key(row)
+                yield self._finding(shard.path, "tile", what, row=row, key=key, tiles=1)
+        for what in _header_damage(shard, self.schema):
+            yield self._finding(shard.path, "header", what)
+
+    def _finding(self, path: Path, kind: str, what: str, **about: Any) -> Finding:
+        return Finding(
+            path=str(path), kind=kind, what=what, split=self.split, shard=self.info.name, **about
+        )
 
 
-def _tile_damage(shard: Shard, row: int, schema: Schema) -> str:
+def _tile_damage(shard: Shard, row: int, schema: Schema, split: str) -> str:
     """What is wrong with a tile; empty if nothing is."""
     try:
-        *images, labels_file = shard.read(row)
+        *files, labels_file = shard.read(row)
     except DatasetError as error:
         return _without(shard.path, error)
     try:
-        for content, part in zip(images, schema.parts, strict=True):
+        images = [
             decode_part(content, part, schema.dtype, schema.tile)
+            for content, part in zip(files, schema.parts, strict=True)
+        ]
         labels = np.empty((schema.tile, schema.tile), np.uint16)
         decompress_into(labels_file, labels)
     except DatasetError as error:
@@ -205,22 +276,47 @@ def _tile_damage(shard: Shard, row: int, schema: Schema) -> str:
     counted = class_pixels(labels, len(schema.classes))
     if not np.array_equal(counted, shard.index["pixels"][row]):
         return f"tile {shard.key(row)}: its labels are not those that were counted"
-    return ""
+    known = sum(1 << bit for bit in schema.label_bits.values())
+    if np.any(labels & np.uint16(0xFFFF ^ known)):
+        return f"tile {shard.key(row)}: its labels have bits that no label has"
+    wrong = _values_damage(np.concatenate(images, axis=-1), labels, schema, split)
+    return f"tile {shard.key(row)}: {wrong}" if wrong else ""
+
+
+def _values_damage(image: NDArray[Any], labels: Labels, schema: Schema, split: str) -> str:
+    """What is wrong with the pixels that count, (height, width, bands); empty if nothing is."""
+    pixels = image[valid_mask(labels)]
+    if not pixels.size:
+        return ""
+    if not np.isfinite(pixels).all():
+        return "pixels that count are not finite"
+    about = schema.statistics
+    if split not in about.splits:
+        return ""
+    beyond = (pixels.min(0) < np.array(about.minimum)) | (pixels.max(0) > np.array(about.maximum))
+    names = [name for name, out in zip(schema.bands, beyond, strict=True) if out]
+    return f"{', '.join(names)} beyond the range of the data set" if names else ""
 
 
 def _header_damage(shard: Shard, schema: Schema) -> Iterator[str]:
-    """Headers that other programs would stumble over: our own reader does not need them."""
+    """What lies between the records and is not what `prepare` writes: tar headers, zeros."""
     extensions = [*(part.extension for part in schema.parts), LABELS]
-    rows = range(len(shard.index))
-    wanted = [f"{shard.key(row)}.{extension}" for row in rows for extension in extensions]
+    position = 0
     try:
-        with tarfile.open(shard.path, "r:") as tar:
-            names = tar.getnames()
-    except (tarfile.TarError, OSError) as error:
-        yield f"is no longer a whole tar file ({error})"
-        return
-    if names != wanted:
-        yield f"holds {len(names)} readable members where {len(wanted)} belong"
+        for row in range(len(shard.index)):
+            entry, key = shard.index[row], shard.key(row)
+            sizes = entry["sizes"].tolist()
+            for extension, offset, size in zip(
+                extensions, entry["offsets"].tolist(), sizes, strict=True
+            ):
+                header = member_header(f"{key}.{extension}", size)
+                if shard.between(position, offset) != header.rjust(offset - position, b"\0"):
+                    yield f"the tar header of {key}.{extension} is damaged"
+                position = offset + size
+        if any(shard.between(position, shard.size)):
+            yield "the end of the tar file is damaged"
+    except DatasetError as error:
+        yield _without(shard.path, error)
 
 
 def _without(path: Path, error: DatasetError) -> str:

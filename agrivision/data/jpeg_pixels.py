@@ -61,6 +61,22 @@ class JpegPixels(Pixels):
                 raise DatasetError(f"{part.extension}: {describe(shape)} where {belongs} belong")
         self.files[slot] = [torch.frombuffer(content, dtype=torch.uint8) for content in contents]
 
+    def stand_in(self, slot: int, other: int | None) -> None:
+        """See Pixels."""
+        super().stand_in(slot, other)
+        self.files[slot] = () if other is None else self.files[other]
+
+    def undecodable(self, device: torch.device) -> dict[int, DatasetError]:
+        """Which tiles a device's decoder refuses, and why: it tells only that there is one."""
+        found: dict[int, DatasetError] = {}
+        for slot, files in enumerate(self.files):
+            try:
+                for file, part in zip(files, self.parts, strict=False):
+                    _decode([file], part, device)
+            except DatasetError as error:
+                found[slot] = error
+        return found
+
     def part(self, slots: slice) -> JpegPixels:
         """See Pixels."""
         return JpegPixels(
@@ -78,11 +94,18 @@ class JpegPixels(Pixels):
             DatasetError: a file cannot be decoded.
         """
         rest = super().to(device)
-        planes = tuple(
-            _decode([files[place] for files in self.files], part, device)
-            for place, part in enumerate(self.parts)
-        )
+        planes = tuple(self._plane(place, part, device) for place, part in enumerate(self.parts))
         return Pixels(planes=planes, labels=rest.labels, lease=rest.lease)
+
+    def _plane(self, place: int, part: Part, device: torch.device) -> torch.Tensor:
+        there = [slot for slot, files in enumerate(self.files) if files]
+        if len(there) == len(self.files):
+            return _decode([files[place] for files in self.files], part, device)
+        side = self.labels.shape[-1]
+        plane = torch.zeros(len(self.files), side, side, part.bands, dtype=torch.uint8, device=device)
+        if there:
+            plane[there] = _decode([self.files[slot][place] for slot in there], part, device)
+        return plane
 
     def images(self) -> torch.Tensor:
         """See Pixels; decoded on the CPU."""

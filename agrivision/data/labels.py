@@ -19,6 +19,8 @@ VALID_BIT = 15
 MAX_CLASSES = VALID_BIT
 _VALID = np.uint16(1 << VALID_BIT)
 _LEVEL = 3  # zstd: higher levels save under 5 % on label images and cost much more time
+_BLOCK_HEADER, _REPEATED = 3, 1  # of zstd: bytes before a block, and the kind that is one byte
+_DESCRIPTOR, _CHECKSUM_FLAG, _CHECKSUM = 4, 4, 4  # where the flags are, which one, and bytes of a checksum
 _local = threading.local()  # holds each thread's tools of zstd, which only one may use at a time
 
 Labels = NDArray[np.uint16]
@@ -67,12 +69,14 @@ def decompress_into(content: bytes | memoryview, out: Labels) -> None:
     Where an error is raised, `out` may be filled in part.
 
     Raises:
-        DatasetError: it is not a zstd frame of exactly that many bytes.
+        DatasetError: it is not one zstd frame of exactly that many bytes, and nothing else.
     """
     try:
         size = zstandard.frame_content_size(content)
         if size != out.nbytes:  # checked before anything is written
             raise DatasetError(f"labels of {size} bytes where {out.nbytes} belong")
+        if _end_of_frame(content) != len(content):
+            raise DatasetError("labels of another length than their zstd frame")
         # Room for all at once lets zstd write there directly, without a window of its own.
         with _decompressor().stream_reader(content) as reader:
             count = reader.readinto(out.data)
@@ -80,6 +84,18 @@ def decompress_into(content: bytes | memoryview, out: Labels) -> None:
         raise DatasetError(f"labels cannot be decompressed ({error})") from None
     if count != size:
         raise DatasetError(f"labels end after {count} of {size} bytes")
+
+
+def _end_of_frame(content: bytes | memoryview) -> int:
+    """Where the first zstd frame ends, by the sizes of its blocks (RFC 8878, 3.1.1); beyond, if cut."""
+    place, last = zstandard.frame_header_size(content), False
+    while not last:
+        header = int.from_bytes(content[place : place + _BLOCK_HEADER], "little")
+        kind, size = header >> 1 & 3, header >> 3
+        last = bool(header & 1) or place >= len(content)
+        place += _BLOCK_HEADER + (1 if kind == _REPEATED else size)
+    has_checksum = content[_DESCRIPTOR] & _CHECKSUM_FLAG
+    return place + (_CHECKSUM if has_checksum else 0)
 
 
 def _compressor() -> zstandard.ZstdCompressor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,9 +21,10 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from agrivision.data.schema import Part
+from agrivision.data.schema import MAX_TILE, Part
 from agrivision.data.tile import Coordinates, Image
 from agrivision.errors import DatasetError
+from agrivision.json_values import items, number, parse, text
 
 JPEG, TIFF, RAW, JSON = "jpg", "tif", "raw", "json"
 RAW_IMAGE, PLACE = f"image.{RAW}", f"place.{JSON}"  # extensions of a raw record
@@ -105,6 +108,8 @@ def jpeg_shape(content: bytes | memoryview) -> tuple[int, int, int]:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError as error:
         raise DatasetError(f"not a whole JPEG ({error})") from None
+    if max(height, width) > MAX_TILE:
+        raise DatasetError(f"{width} x {height} pixels: larger than any tile")
     if colours not in ("Gray", "YCbCr", "RGB"):
         raise DatasetError(f"a JPEG of the colour space {colours}: grey or RGB belong here")
     return height, width, 1 if colours == "Gray" else 3
@@ -156,20 +161,35 @@ def describe(shape: tuple[int, ...]) -> str:
 
 
 def _decode_tiff(content: bytes | memoryview, out: NDArray[Any]) -> None:
+    with _opened_tiff(content) as dataset:
+        _check_tiff(dataset, out)
+        dataset.read(out=out.transpose(2, 0, 1))
+
+
+@contextmanager
+def _opened_tiff(content: bytes | memoryview) -> Iterator[Any]:
+    """A record's GeoTIFF; what GDAL refuses of it within the block is a DatasetError."""
     if not content:  # rasterio takes that for a file to be written
         raise DatasetError("not a whole TIFF (it is empty)")
     rasterio = geodata()
     try:
         with rasterio.MemoryFile(bytes(content)) as memory, memory.open(driver="GTiff") as dataset:
-            shape = (dataset.height, dataset.width, dataset.count)
-            if shape != out.shape or dataset.dtypes[0] != out.dtype:
-                raise DatasetError(
-                    f"{describe(shape)}, {dataset.dtypes[0]}, where {describe(out.shape)},"
-                    f" {out.dtype}, belong"
-                )
-            dataset.read(out=out.transpose(2, 0, 1))
-    except rasterio.errors.RasterioError as error:
+            yield dataset
+    # A coordinate system that cannot be and text that is no UTF-8 are ValueErrors.
+    except (rasterio.errors.RasterioError, ValueError) as error:
         raise DatasetError(f"not a whole TIFF ({_reason(error)})") from None
+
+
+def _check_tiff(dataset: Any, out: NDArray[Any]) -> None:
+    """Refuse what was not written by `encode_tiff` before GDAL takes memory for it."""
+    shape = (dataset.height, dataset.width, dataset.count)
+    # A string: numpy does not know all of GDAL's types.
+    if shape != out.shape or dataset.dtypes[0] != out.dtype.name:
+        raise DatasetError(
+            f"{describe(shape)}, {dataset.dtypes[0]}, where {describe(out.shape)}, {out.dtype}, belong"
+        )
+    if any(height > shape[0] or width > shape[1] for height, width in dataset.block_shapes):
+        raise DatasetError("its blocks are larger than the tile")
 
 
 def encode_tiff(image: Image, coordinates: Coordinates | None, nodata: float | None) -> bytes:
@@ -210,12 +230,8 @@ def tiff_coordinates(content: bytes | memoryview) -> Coordinates | None:
     Raises:
         DatasetError: it is not a TIFF.
     """
-    rasterio = geodata()
-    try:
-        with rasterio.MemoryFile(bytes(content)) as memory, memory.open(driver="GTiff") as dataset:
-            return coordinates_of(dataset)
-    except rasterio.errors.RasterioError as error:
-        raise DatasetError(f"not a whole TIFF ({_reason(error)})") from None
+    with _opened_tiff(content) as dataset:
+        return coordinates_of(dataset)
 
 
 def encode_place(coordinates: Coordinates | None) -> bytes:
@@ -230,11 +246,11 @@ def decode_place(content: bytes | memoryview) -> Coordinates | None:
         DatasetError: it is something else.
     """
     try:
-        place = json.loads(bytes(content))
+        place = parse(bytes(content))
         if place is None:
             return None
-        a, b, c, d, e, f = map(float, place["transform"])
-        return Coordinates(crs=str(place["crs"]), transform=(a, b, c, d, e, f))
+        a, b, c, d, e, f = map(number, items(place["transform"]))
+        return Coordinates(crs=text(place["crs"]), transform=(a, b, c, d, e, f))
     except (ValueError, TypeError, KeyError):
         raise DatasetError("not the coordinates of a tile") from None
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agrivision.data.finished import is_made_of
 from agrivision.data.pool import run_jobs
@@ -40,6 +41,7 @@ from agrivision.errors import SourceError
 from agrivision.part import Part, Stop, never
 
 _ORDER = (TRAIN, VAL, "test")
+_FREE_OPTIONS: dict[str, Any] = {"workers": None, "strict": False}  # the bytes do not depend on them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class PrepareOptions:
         strict: stop at the first problem instead of leaving the tile out.
         shard_tiles: tiles in a shard.
         raw: store the pixels uncompressed instead of the source's JPEGs or GeoTIFFs.
+        allow_vrt: take VRTs as scenes and labels, where their sources are plain files.
     """
 
     workers: int | None = None
@@ -75,6 +78,7 @@ class PrepareOptions:
     strict: bool = False
     shard_tiles: int = 128
     raw: bool = False
+    allow_vrt: bool = False
 
     def __post_init__(self) -> None:
         for name in ("workers", "tile", "stride", "shard_tiles"):
@@ -83,6 +87,28 @@ class PrepareOptions:
                 raise SourceError(f"{name} is {value}: it must be at least 1")
         if not (math.isfinite(self.val_fraction) and 0 <= self.val_fraction < 1):
             raise SourceError(f"val_fraction is {self.val_fraction}: it must be at least 0 and below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the bytes of the data set, as JSON can hold it."""
+        content = dataclasses.asdict(self)
+        return {name: content[name] for name in content if name not in _FREE_OPTIONS}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PrepareOptions:
+        """What `to_dict` gave, perhaps in another version of this program.
+
+        Raises:
+            SourceError: it is something else.
+        """
+        try:
+            options = {name: _as_tuple(value) for name, value in content.items()}
+            return cls(**options)
+        except (TypeError, ValueError) as error:
+            raise SourceError(f"the options of the data set cannot be read: {error}") from None
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +325,7 @@ class _Task:
     @property
     def digest(self) -> str:
         """The same for all parts that may work together."""
-        how = dataclasses.replace(self.options, workers=None, strict=False)
+        how = dataclasses.replace(self.options, **_FREE_OPTIONS)
         return plan_digest(self.source.reader, self.jobs, how)
 
     def problems(self) -> Problems:
@@ -349,7 +375,7 @@ class _Task:
 
     def finish(self, out: Path, made: Sequence[Made], problems: Problems) -> PrepareSummary:
         schema = _describe(self.source, self.jobs, made)
-        self.workplace.finish(schema)
+        self.workplace.finish(schema, self.options.to_dict())
         return PrepareSummary(
             out=out,
             schema=schema,
@@ -396,6 +422,7 @@ def _look(path: Path, options: PrepareOptions) -> Source | None:
         classes=options.classes,
         bands=options.bands,
         ignore=options.ignore,
+        allow_vrt=options.allow_vrt,
     ) or open_agriculture_vision(path, edition=options.edition, assume_valid=options.assume_valid)
 
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from agrivision.data.labels import MAX_CLASSES, VALID_BIT
 from agrivision.errors import DatasetError
+from agrivision.json_values import entries, flag, items, label, name, number, parse, texts, whole
 from agrivision.storage import write_atomically
 
 FILE_NAME = "dataset.json"
 FORMAT = "agrivision-dataset"
 VERSION = 1
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
+MAX_TILE = 1 << 14  # pixels of a side; no network takes that at once, and it bounds what memory is asked for
+_MOST_TILE_BYTES = 1 << 32  # of a tile's pixels: an index has 32 bits for the size of a file
+_MOST_BYTES = 64 << 20  # of dataset.json: a quarter of a million shards
+_METADATA = 16 << 20  # bytes of a record besides pixels; a colour profile in a JPEG takes up to that
+_EXTENSION = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,20 @@ class Schema:
             )
         if sum(part.bands for part in self.parts) != len(self.bands):
             raise DatasetError(f"the image files do not make up the bands {', '.join(self.bands)}")
+        if self.tile > MAX_TILE or self.tile**2 * self._pixel_bytes >= _MOST_TILE_BYTES:
+            raise DatasetError(
+                f"tiles of {self.tile} x {self.tile} pixels with {len(self.bands)} bands of {self.dtype}"
+                f" are too large: their sides are {MAX_TILE} pixels at most, their pixels below 4 GiB"
+            )
+
+    @property
+    def _pixel_bytes(self) -> int:
+        return len(self.bands) * np.dtype(self.dtype).itemsize
+
+    @property
+    def most_record_bytes(self) -> int:
+        """Bytes that a record's files may take together: twice what its pixels and labels are plain."""
+        return 2 * self.tile**2 * (self._pixel_bytes + 2) + _METADATA
 
     @property
     def label_bits(self) -> dict[str, int]:
@@ -185,7 +210,7 @@ class Schema:
         """
         path = folder / FILE_NAME
         try:
-            content = json.loads(path.read_bytes())
+            content = parse(_read(path))
         except FileNotFoundError:
             hint = _hint(folder)
             raise DatasetError(f"no {FILE_NAME} in {folder}: {hint}") from None
@@ -199,7 +224,7 @@ class Schema:
             )
         try:
             schema = _parse(cls, content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, DatasetError) as error:
             raise DatasetError(f"{path} is damaged: {type(error).__name__} {error}") from None
         if schema.fingerprint != content.get("fingerprint"):
             raise DatasetError(f"{path} was changed after it was written: its fingerprint differs")
@@ -214,35 +239,100 @@ def _hint(folder: Path) -> str:
     return "there is no such folder"
 
 
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    return content
+
+
 def _parse(cls: type[Schema], content: dict[str, Any]) -> Schema:
-    return cls(
-        source=str(content["source"]),
-        bands=tuple(map(str, content["bands"])),
-        dtype=str(content["dtype"]),
-        tile=int(content["tile"]),
-        parts=tuple(Part(**part) for part in content["parts"]),
-        classes=tuple(str(entry["name"]) for entry in content["classes"]),
-        class_values=tuple(map(int, content["class_values"])),
-        unscored=tuple(map(str, content["unscored"])),
-        nodata=None if content["nodata"] is None else float(content["nodata"]),
-        splits={name: _parse_split(split) for name, split in content["splits"].items()},
-        statistics=BandStatistics(
-            splits=tuple(content["statistics"]["splits"]),
-            pixels=int(content["statistics"]["pixels"]),
-            **{
-                name: tuple(map(float, content["statistics"][name]))
-                for name in ("mean", "std", "minimum", "maximum")
-            },
-        ),
+    schema = cls(
+        source=label(content["source"]),
+        bands=tuple(map(label, texts(content["bands"]))),
+        dtype=_dtype(content["dtype"]),
+        tile=whole(content["tile"], 1, MAX_TILE),
+        parts=tuple(map(_parse_part, items(content["parts"]))),
+        classes=tuple(label(entry["name"]) for entry in items(content["classes"])),
+        class_values=tuple(whole(value, -(2**63)) for value in items(content["class_values"])),
+        unscored=tuple(map(label, texts(content["unscored"]))),
+        nodata=None if content["nodata"] is None else number(content["nodata"]),
+        splits={name(key): _parse_split(split) for key, split in entries(content["splits"]).items()},
+        statistics=_parse_statistics(content["statistics"]),
     )
+    _check(schema)
+    return schema
+
+
+def _dtype(value: Any) -> str:
+    if value not in DTYPES:
+        raise ValueError(f"pixels of the type {label(value)!r}: one of {', '.join(DTYPES)} belongs here")
+    return str(value)
+
+
+def _parse_part(content: dict[str, Any]) -> Part:
+    part = Part(extension=label(content["extension"]), bands=whole(content["bands"]))
+    if not _EXTENSION.fullmatch(part.extension):
+        raise ValueError(f"{part.extension!r} is no extension of a file")
+    return part
 
 
 def _parse_split(content: dict[str, Any]) -> Split:
     return Split(
-        tiles=int(content["tiles"]),
-        labelled=bool(content["labelled"]),
-        shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
-        pixels=int(content["pixels"]),
-        class_pixels=tuple(map(int, content["class_pixels"])),
-        class_tiles=tuple(map(int, content["class_tiles"])),
+        tiles=whole(content["tiles"]),
+        labelled=flag(content["labelled"]),
+        shards=tuple(map(_parse_shard, items(content["shards"]))),
+        pixels=whole(content["pixels"]),
+        class_pixels=tuple(map(whole, items(content["class_pixels"]))),
+        class_tiles=tuple(map(whole, items(content["class_tiles"]))),
     )
+
+
+def _parse_shard(content: dict[str, Any]) -> ShardInfo:
+    if not _DIGEST.fullmatch(label(content["index"])):
+        raise ValueError(f"the index of the shard {name(content['name'])} has no checksum")
+    return ShardInfo(
+        name=name(content["name"]),
+        tiles=whole(content["tiles"], 1),
+        bytes=whole(content["bytes"]),
+        index=content["index"],
+    )
+
+
+def _parse_statistics(content: dict[str, Any]) -> BandStatistics:
+    return BandStatistics(
+        splits=tuple(map(name, texts(content["splits"]))),
+        pixels=whole(content["pixels"]),
+        **{
+            key: tuple(map(number, items(content[key]))) for key in ("mean", "std", "minimum", "maximum")
+        },
+    )
+
+
+def _check(schema: Schema) -> None:
+    """Raise ValueError where two things do not go together."""
+    labels = (*schema.classes, *schema.unscored, "valid")
+    if len(set(labels)) < len(labels) or len(set(schema.bands)) < len(schema.bands):
+        raise ValueError("a band or a label stands twice")
+    if schema.class_values and len(schema.class_values) != len(schema.classes):
+        raise ValueError("not every class has a value")
+    about = schema.statistics
+    columns = (about.mean, about.std, about.minimum, about.maximum)
+    if any(len(column) != len(schema.bands) for column in columns) or min(about.std, default=0) < 0:
+        raise ValueError("not every band has its statistics")
+    for key, split in schema.splits.items():
+        _check_split(schema, key, split)
+
+
+def _check_split(schema: Schema, key: str, split: Split) -> None:
+    if len({shard.name for shard in split.shards}) < len(split.shards):
+        raise ValueError(f"a shard of {key} stands twice")
+    if sum(shard.tiles for shard in split.shards) != split.tiles:
+        raise ValueError(f"the shards of {key} do not hold {split.tiles} tiles together")
+    counts = (split.class_pixels, split.class_tiles)
+    if any(len(count) != len(schema.classes) for count in counts):
+        raise ValueError(f"not every class is counted in {key}")
+    pixels, tiles = max(split.class_pixels), max(split.class_tiles)
+    if pixels > split.pixels or tiles > split.tiles or split.pixels > split.tiles * schema.tile**2:
+        raise ValueError(f"more is counted in {key} than there is")

@@ -14,11 +14,14 @@ again and again: fresh memory costs a page fault every 4 KiB.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
+import stat
 import tarfile
 import threading
+import tokenize
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -38,14 +41,31 @@ from agrivision.errors import DatasetError
 from agrivision.storage import replacing
 
 LABELS = "labels.zst"
+# `KEY.labels.zst` must fit into the 100 bytes of a tar header, and so does `KEY.place.json`.
+MAX_KEY = 100 - len(f".{LABELS}")
 _BLOCK = tarfile.BLOCKSIZE
 _INDEX_BYTES = 32 << 20  # of the indexes that a reader keeps; a shard of 128 tiles takes some 25 kB
+_MOST_INDEX_BYTES = 1 << 30  # of one index: four million tiles in one shard
+_MOST_FIELD = 1 << 10  # bytes of a field's name
+_MOST_RECORD_BYTES = 1 << 32  # that a record may take where nobody knows how large its tile is
 _MOST_OPEN = 256  # shards that a reader keeps open, where the process may open that many
 
 # numpy parses an array's header with `ast`, which in Python 3.11 fails now and then if two threads do
 # it at once (SystemError: AST constructor recursion depth mismatch).
 _HEADER = threading.Lock()
+_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+_IN_KEYS = np.zeros(256, np.bool_)
+_IN_KEYS[[*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"]] = True
 _V = TypeVar("_V")
+
+
+class Refused(DatasetError):
+    """The operating system refused to read, for a reason that may pass: a disk, a server, a network."""
+
+
+def _refusal(line: str, error: OSError) -> DatasetError:
+    noun = DatasetError if error.errno in _LASTING else Refused
+    return noun(f"{line}: {error.strerror or error}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +129,16 @@ def write_shard(folder: Path, name: str, records: Iterable[Record]) -> ShardInfo
     )
 
 
+def member_header(name: str, size: int) -> bytes:
+    """What stands before the content of a member of a tar file; TarFile would write the same."""
+    member = tarfile.TarInfo(name)  # mtime, uid, gid: 0
+    member.size = size
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
 def _write_member(file: IO[bytes], name: str, content: bytes) -> None:
     """As TarFile would, without its copies."""
-    member = tarfile.TarInfo(name)  # mtime, uid, gid: 0
-    member.size = len(content)
-    file.write(member.tobuf(tarfile.USTAR_FORMAT))
+    file.write(member_header(name, len(content)))
     file.write(content)
     file.write(bytes(-len(content) % _BLOCK))
 
@@ -174,17 +199,21 @@ class Shard:
         folder: the split's folder.
         info: the shard's entry in dataset.json.
         files: number of files of each record.
+        most: bytes that a record may take.
 
     Attributes:
         path: of the tar file.
         index: a row for each tile; see the module.
 
     Raises:
-        DatasetError: a file is missing, or not as long or not the one that dataset.json knows.
+        DatasetError: a file is missing, or not as long or not the one that dataset.json knows, or the
+            index is not one of such records.
     """
 
-    def __init__(self, folder: Path, info: ShardInfo, files: int) -> None:
-        self.index = _read_index(folder, info, files)
+    def __init__(
+        self, folder: Path, info: ShardInfo, files: int, most: int = _MOST_RECORD_BYTES
+    ) -> None:
+        self.index = _read_index(folder, info, files, most)
         self.path, self._file = _open(folder, info)
 
     @classmethod
@@ -197,6 +226,22 @@ class Shard:
     def key(self, row: int) -> str:
         """Key of the tile in this row."""
         return bytes(self.index["key"][row]).decode()
+
+    @property
+    def size(self) -> int:
+        """Of the tar file in bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def between(self, start: int, stop: int) -> bytes:
+        """Some of the tar file, as it is.
+
+        Raises:
+            DatasetError: it cannot be read.
+        """
+        try:
+            return os.pread(self._file.fileno(), stop - start, start)
+        except OSError as error:
+            raise _refusal(f"cannot read {self.path}", error) from None
 
     def announce(self, row: int) -> None:
         """Let the disk begin to read a tile that is wanted soon; `read` tells what is wrong with it."""
@@ -226,9 +271,7 @@ class Shard:
         try:
             count = os.preadv(self._file.fileno(), pieces, offsets[0])
         except OSError as error:  # a bad disk, a file that went away on its server
-            raise DatasetError(
-                f"cannot read tile {self.key(row)} in {self.path}: {error.strerror}"
-            ) from None
+            raise _refusal(f"cannot read tile {self.key(row)} in {self.path}", error) from None
         if count != offsets[-1] + sizes[-1] - offsets[0]:
             raise DatasetError(f"{self.path} ends inside of tile {self.key(row)}: copy it again")
         checksum = xxhash.xxh3_64()
@@ -268,29 +311,117 @@ def _room(
 
 def _open(folder: Path, info: ShardInfo) -> _Opened:
     path = folder / f"{info.name}.tar"
-    try:
-        file = path.open("rb", buffering=0)
-    except OSError as error:
-        raise DatasetError(f"cannot open {path}: {error.strerror}") from None
+    file = _open_file(path)
     size = os.fstat(file.fileno()).st_size
     if size != info.bytes:
         raise DatasetError(f"{path} has {size} bytes instead of {info.bytes}: copy it again")
     return _Opened(path, file)
 
 
-def _read_index(folder: Path, info: ShardInfo, files: int) -> NDArray[np.void]:
-    path = folder / f"{info.name}.index.npy"
+def _open_file(path: Path) -> IO[bytes]:
+    """Open a plain file; a pipe without a writer would keep us waiting for good."""
     try:
-        content = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = os.fdopen(descriptor, "rb", buffering=0)
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise DatasetError(f"{path} is no file")
     except OSError as error:
-        raise DatasetError(f"cannot open {path}: {error.strerror}") from None
+        raise _refusal(f"cannot open {path}", error) from None
+    return file
+
+
+def _read_index(folder: Path, info: ShardInfo, files: int, most: int) -> NDArray[np.void]:
+    path = folder / f"{info.name}.index.npy"
+    with _open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_INDEX_BYTES:
+            raise DatasetError(f"{path} is larger than any index")
+        try:
+            content = file.read()
+        except OSError as error:
+            raise _refusal(f"cannot read {path}", error) from None
     if xxhash.xxh3_128_hexdigest(content) != info.index:
         raise DatasetError(f"{path} is damaged: its checksum differs; copy it again")
-    with _HEADER:
-        index: NDArray[np.void] = np.load(io.BytesIO(content), allow_pickle=False)
-    if len(index) != info.tiles or index["offsets"].shape[1:] != (files,):
+    # Whoever can write an index can write its checksum as well.
+    index = _parse_index(path, content)
+    if index.shape != (info.tiles,) or index.dtype["offsets"].shape != (files,):
         raise DatasetError(f"{path} does not describe {info.tiles} tiles of {files} files")
+    wrong = _what_is_wrong(index, info.bytes, most)
+    if wrong:
+        raise DatasetError(f"{path} is damaged: {wrong}; prepare the data set again")
     return index
+
+
+def _parse_index(path: Path, content: bytes) -> NDArray[np.void]:
+    """The array in an index file, whose memory is what the file has, whatever its header says."""
+    try:
+        with _HEADER:
+            start, shape, fortran, dtype = _npy_header(content)
+        count = (len(content) - start) // max(dtype.itemsize, 1)
+        if fortran or shape != (count,) or len(content) != start + count * dtype.itemsize:
+            raise ValueError("its header does not fit its size")
+        _check_type(dtype)
+        index: NDArray[np.void] = np.frombuffer(content, dtype, offset=start)
+    except (ValueError, TypeError, KeyError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+        raise DatasetError(f"{path} is no index of a shard ({error})") from None
+    return index
+
+
+def _npy_header(content: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
+    """Where the array begins, its shape, whether columns go first, and its type."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of the format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    return file.tell(), shape, fortran, dtype
+
+
+def _check_type(dtype: np.dtype[Any]) -> None:
+    """Raise ValueError unless this is the type of an index, see `_index_type`."""
+    if dtype.names != ("key", "field", "checksum", "offsets", "sizes", "pixels"):
+        raise ValueError("other columns")
+    files, classes = dtype["offsets"].shape, dtype["pixels"].shape
+    if len(files) != 1 or len(classes) != 1 or files[0] < 1:
+        raise ValueError("columns of another shape")
+    wanted = [
+        ("key", f"S{dtype['key'].itemsize}"),
+        ("field", f"S{dtype['field'].itemsize}"),
+        ("checksum", "<u8"),
+        ("offsets", "<u8", files),
+        ("sizes", "<u4", files),
+        ("pixels", "<u4", classes),
+    ]
+    if dtype != np.dtype(wanted):
+        raise ValueError("columns of other types")
+    if not (1 <= dtype["key"].itemsize <= MAX_KEY and 1 <= dtype["field"].itemsize <= _MOST_FIELD):
+        raise ValueError("columns of another width")
+
+
+def _what_is_wrong(index: NDArray[np.void], size: int, most: int) -> str:
+    """What in an index cannot be; empty if nothing.
+
+    The members of a tar file of `size` bytes stand one after the other, each behind its header, so all
+    that is free about where they begin is how long they are.
+    """
+    if not _are_keys(index["key"]):
+        return "it holds a key that is no plain name"
+    offsets, sizes = index["offsets"].reshape(-1), index["sizes"].reshape(-1).astype(np.uint64)
+    blocks = np.cumsum(-(-sizes.astype(np.int64) // _BLOCK) + 1)  # 32 bits each: no sum is too large
+    starts = np.concatenate([[0], blocks[:-1]]) * _BLOCK + _BLOCK
+    if not np.array_equal(offsets, starts.astype(np.uint64)):
+        return "its files do not follow one another"
+    if len(blocks) and int(blocks[-1]) * _BLOCK > size:
+        return "its files end beyond the shard"
+    if index["sizes"].sum(axis=1, dtype=np.uint64).max(initial=0) > most:
+        return f"a record takes more than {most} bytes"
+    return ""
+
+
+def _are_keys(keys: NDArray[np.bytes_]) -> bool:
+    """Whether each is of letters, digits, `_` and `-`, as `tile.is_key` has it, and no two are the same."""
+    letters = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)
+    there = letters != 0
+    ends_once = there[:, :1].all() and not (there[:, 1:] & ~there[:, :-1]).any()
+    return bool(ends_once and _IN_KEYS[letters[there]].all() and len(np.unique(keys)) == len(keys))
 
 
 class _Recent(Generic[_V]):
@@ -324,6 +455,12 @@ class _Recent(Generic[_V]):
                 self._used -= self._size(dropped[-1])
         return value
 
+    def drop(self, number: int) -> None:
+        """Keep the value of a number no longer."""
+        with self._lock:
+            value = self._kept.pop(number, None)
+            self._used -= self._size(value) if value is not None else 0
+
 
 def _most_open() -> int:
     """How many shards a reader keeps open.
@@ -346,6 +483,9 @@ class SplitReader:
         schema: its dataset.json.
         name: the split.
 
+    Attributes:
+        dataset: the data set's folder, as users know it.
+
     Raises:
         DatasetError: there is no such split, or it is empty.
     """
@@ -353,7 +493,9 @@ class SplitReader:
     def __init__(self, folder: Path, schema: Schema, name: str) -> None:
         self.schema, self.name = schema, name
         self.split = schema.split(name)
+        self.dataset = folder
         self._folder = folder / name
+        self._most = schema.most_record_bytes
         self._indexes = _Recent[NDArray[np.void]](_INDEX_BYTES, lambda index: index.nbytes)
         self._opened = _Recent[_Opened](_most_open(), lambda _: 1)
 
@@ -370,15 +512,37 @@ class SplitReader:
         Raises:
             DatasetError: the shard cannot be opened.
         """
+        number, row = self._place(tile)
+        return self._shard(number), row
+
+    def _place(self, tile: int) -> tuple[int, int]:
+        """Number of the shard, and the row in it."""
         number = int(np.searchsorted(self._ends, tile, side="right"))
+        return number, tile - int(self._ends[number]) + self.split.shards[number].tiles
+
+    def where(self, tile: int) -> tuple[str, str | None]:
+        """Where a tile stands, `SPLIT/NAME.tar`, and its key; None where the index cannot tell it."""
+        number, row = self._place(tile)
         info = self.split.shards[number]
-        return self._shard(number), tile - int(self._ends[number]) + info.tiles
+        shard = f"{self.name}/{info.name}.tar"
+        try:
+            index = self._index(number)
+        except DatasetError:
+            return shard, None
+        return shard, bytes(index["key"][row]).decode()
+
+    def reopen(self, tile: int) -> None:
+        """Look at a tile's shard anew at the next read: a descriptor may be stale, a file replaced."""
+        self._opened.drop(self._place(tile)[0])
 
     def _shard(self, number: int) -> Shard:
-        info, files = self.split.shards[number], len(self.schema.parts) + 1
-        index = self._indexes.get(number, lambda: _read_index(self._folder, info, files))
+        info, index = self.split.shards[number], self._index(number)
         # A descriptor that is dropped stays open while a thread still reads from it.
         return Shard.of(index, self._opened.get(number, lambda: _open(self._folder, info)))
+
+    def _index(self, number: int) -> NDArray[np.void]:
+        info, files, most = self.split.shards[number], len(self.schema.parts) + 1, self._most
+        return self._indexes.get(number, lambda: _read_index(self._folder, info, files, most))
 
     def key(self, tile: int) -> str:
         """Key of a tile."""

@@ -72,8 +72,19 @@ class StagedSplit(SplitReader):
 
     def __init__(self, copy: Path, shared: Path, schema: Schema, name: str) -> None:
         super().__init__(copy, schema, name)
+        self.dataset = shared
         self._shared = SplitReader(shared, schema, name)
         self._given_up: set[str] = set()
+
+    def where(self, tile: int) -> tuple[str, str | None]:
+        """See SplitReader."""
+        shard, key = super().where(tile)
+        return (shard, key) if key is not None else self._shared.where(tile)
+
+    def reopen(self, tile: int) -> None:
+        """See SplitReader."""
+        super().reopen(tile)
+        self._shared.reopen(tile)
 
     def read(
         self, tile: int, into: Sequence[memoryview | None] = (), scratch: Scratch | None = None
@@ -222,6 +233,9 @@ def _turn(place: Path, name: str, stop: Callable[[], bool]) -> Iterator[None]:
     except OSError as error:
         raise storage_error(lock, error) from None
     try:
+        # Somebody else could hold it for ever, and say what he likes.
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise NotWritable(f"{lock} is not a file of this user: remove it, or name another folder")
         try:
             said = _wait(descriptor, stop)
         except OSError as error:
@@ -291,8 +305,9 @@ def _check_ours(copy: Path) -> None:
         return
     except OSError as error:
         raise storage_error(copy, error) from None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise NotWritable(f"{copy} is not a folder of this user")
+    ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    if not ours or not stat.S_ISDIR(status.st_mode):
+        raise NotWritable(f"{copy} is not a folder of this user, which others cannot write")
 
 
 def _throw_away_parts(copy: Path, schema: Schema) -> None:

@@ -11,12 +11,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from agrivision.data.labels import Labels, class_pixels, compress
-from agrivision.data.shards import LABELS, Record
+from agrivision.data.shards import LABELS, MAX_KEY, Record
 
 Image = NDArray[Any]  # (bands, height, width), of the source's own type
 
-# `KEY.labels.zst` must fit into the 100 bytes of a tar header, and so does `KEY.place.json`.
-MAX_KEY = 100 - len(f".{LABELS}")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")
 _MAX_NAME = 56  # leaves room for four pixel coordinates of up to six digits and their separators

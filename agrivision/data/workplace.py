@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agrivision.data import recipe
+import xxhash
+
 from agrivision.data.schema import FILE_NAME, Schema
 from agrivision.errors import DatasetError
+from agrivision.json_values import entries, parse, text, whole
 from agrivision.locks import FileLock, Patience
 from agrivision.part import Stop, never
 from agrivision.storage import storage_error, sync_folder, sync_tree, write_atomically
@@ -45,19 +49,22 @@ class Workplace:
         return self.folder / name
 
     def note(self, split: str, shard: str) -> Any:
-        """What was noted about a finished shard; None without a readable note."""
+        """What was noted about a finished shard; None without a note that is as it was written."""
         try:
-            return json.loads(self._note(split, shard).read_bytes())
-        except (OSError, ValueError):
+            content = entries(parse(self._note(split, shard).read_bytes()))
+            checksum = content.pop("checksum")
+        except (OSError, ValueError, KeyError):
             return None
+        return content if checksum == _checksum(content) else None
 
-    def write_note(self, split: str, shard: str, content: Any) -> None:
+    def write_note(self, split: str, shard: str, content: Mapping[str, Any]) -> None:
         """Note that a shard is finished; to be done last.
 
         Raises:
             StorageError, NotWritable: the disk refused.
         """
-        write_atomically(self._note(split, shard), json.dumps(content).encode())
+        complete = {**content, "checksum": _checksum(content)}
+        write_atomically(self._note(split, shard), json.dumps(complete).encode())
 
     def _note(self, split: str, shard: str) -> Path:
         return self.folder / _OWN / split / f"{shard}.json"
@@ -74,9 +81,9 @@ class Workplace:
     def agreement(self) -> tuple[str, int] | None:
         """Digest of the plan that is at work here, and how many parts it has; None without any."""
         try:
-            content = json.loads(self.own(_AGREEMENT).read_bytes())
-            return str(content["plan"]), int(content["parts"])
-        except (OSError, ValueError, KeyError, TypeError):
+            content = entries(parse(self.own(_AGREEMENT).read_bytes()))
+            return text(content["plan"]), whole(content["parts"], least=1)
+        except (OSError, ValueError, KeyError):
             return None
 
     def agree(self, plan: str, parts: int) -> None:
@@ -206,16 +213,21 @@ class Workplace:
         folder = self.split(split)
         return folder / f"{name}.tar", folder / f"{name}.index.npy"
 
-    def finish(self, schema: Schema) -> None:
+    def finish(self, schema: Schema, options: Mapping[str, Any]) -> None:
         """Describe the data set and give the folder its name; the notes go last.
+
+        Args:
+            schema: what is in it.
+            options: what it was made with.
 
         Raises:
             DatasetError: OUT came into being meanwhile.
             StorageError, NotWritable: the disk refused.
         """
         schema.write(self.folder)
+        recipe.write_recipe(self.folder, options, recipe.made_with(schema.parts))
         own = self.folder / _OWN
-        files = {self.folder / FILE_NAME}
+        files = {self.folder / FILE_NAME, self.folder / recipe.FILE_NAME}
         for split, info in schema.splits.items():
             files.update(*(self.shard(split, shard.name) for shard in info.shards))
         try:
@@ -244,3 +256,8 @@ class Workplace:
                     path.unlink()
                 (self.folder / _OWN).rmdir()
                 self.folder.rmdir()
+
+
+def _checksum(note: Mapping[str, Any]) -> str:
+    """A flipped bit in a note would be a wrong statistic of the whole data set."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(note, sort_keys=True).encode())

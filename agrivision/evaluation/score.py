@@ -21,6 +21,7 @@ from PIL import Image as Pillow
 from agrivision.data.labels import decompress_into
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
+from agrivision.data.sources.masks import NOT_WHOLE, png_chunks
 from agrivision.errors import BadInput, DatasetError
 from agrivision.evaluation.confusion import Scores, confusion_matrix, scores
 
@@ -92,7 +93,7 @@ def _predictions(path: Path) -> Iterator[_Predictions]:
         return
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except _ZIP_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise BadInput(f"{path} is neither a folder nor a zip file of PNGs ({reason})") from None
     with archive:
@@ -114,7 +115,18 @@ def _in_folder(folder: Path) -> _Predictions:
 
 
 # What zipfile raises for members that are damaged, encrypted or packed in a way it does not know.
-_ZIP_ERRORS = (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+_ZIP_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# LZMA takes as much memory as a member says, up to 4 GiB.
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def _in_zip(path: Path, archive: zipfile.ZipFile) -> _Predictions:
@@ -124,6 +136,8 @@ def _in_zip(path: Path, archive: zipfile.ZipFile) -> _Predictions:
 
     def read(key: str, limit: int) -> bytes:
         try:
+            if archive.getinfo(names[key]).compress_type not in _PACKED:
+                raise _Reading("it is packed in another way than stored or deflated")
             with archive.open(names[key]) as file:
                 return file.read(limit)
         except _ZIP_ERRORS as error:
@@ -199,11 +213,10 @@ def _decode(content: bytes, side: int) -> NDArray[np.uint8]:
     if (width, height) != (side, side):
         raise _Reading(f"it has {width} x {height} pixels, but the tile has {side} x {side}")
     try:
-        with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
-            image.verify()  # the checksums, which decoding alone passes over
+        png_chunks(content)  # the checksums, which decoding alone passes over
         with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
             return np.array(image)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+    except NOT_WHOLE as error:
         raise _Reading(f"it is not a whole PNG ({error})") from None
 
 

@@ -7,6 +7,7 @@ A record that was cut or damaged ends what is read; the journal goes on from the
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Container, Iterator
@@ -160,6 +161,8 @@ def _next(file: IO[bytes]) -> bytes | None:
     if len(frame) < _FRAME.size:
         return None
     size, checksum = _FRAME.unpack(frame)
+    if size > os.fstat(file.fileno()).st_size - file.tell():  # asked for, memory would be taken first
+        return None
     content = file.read(size)
     return content if xxhash.xxh3_64_intdigest(content) == checksum and len(content) == size else None
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from agrivision.data.schema import FILE_NAME
+from agrivision.data.sources.guard import ALLOW_VRT, DRIVERS, VRT, is_raster
 from agrivision.data.sources.layouts import LAYOUTS
-from agrivision.data.sources.pairs import DRIVERS
 from agrivision.errors import BadInput, SourceError
 from agrivision.inference.scenes import check_outputs, count_windows, predict_scene
 from agrivision.inference.tiles import LABELS, PRESENCE, SUBMISSION, make_folder, predict_tiles, shares
@@ -37,6 +37,7 @@ class PredictOptions:
         precision: of the forward pass.
         tile: side in pixels of the windows of a scene; None takes that of the training tiles.
         margin: pixels that the network sees around each window; None takes an eighth of the tile.
+        allow_vrt: take VRTs whose sources are plain files.
     """
 
     split: str | None = None
@@ -45,6 +46,7 @@ class PredictOptions:
     precision: Precision = "fp32"
     tile: int | None = None
     margin: int | None = None
+    allow_vrt: bool = False
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "threads": 0, "tile": 1, "margin": 0}
@@ -171,7 +173,7 @@ def _find(
         tiles = _find_tiles(path, options.split, description)
         found.tiles.extend(tiles)
         if not tiles:
-            found.scenes.extend(find_scenes(path))
+            found.scenes.extend(find_scenes(path, allow_vrt=options.allow_vrt))
     if options.split is not None and found.scenes:
         logger.warning("scenes have no splits: %r does not choose among them", options.split)
     return found
@@ -185,8 +187,12 @@ def _find_tiles(path: Path, split: str | None, description: Description) -> Sequ
     return [] if folder is None else [folder]
 
 
-def find_scenes(path: Path) -> list[Path]:
+def find_scenes(path: Path, *, allow_vrt: bool = False) -> list[Path]:
     """The raster that a path is, or those in the folder that it is or in its `scenes/`, in order.
+
+    Args:
+        path: of a file or folder.
+        allow_vrt: take VRTs, too.
 
     Raises:
         SourceError: there is none; the line says what was looked for.
@@ -194,11 +200,12 @@ def find_scenes(path: Path) -> list[Path]:
     if not path.exists():
         raise SourceError(f"no such file or folder: {path}")
     if path.is_file():
-        if path.suffix.lower() not in DRIVERS:
-            raise SourceError(f"{path} is no raster of a known format ({_formats()})")
+        if not is_raster(path, allow_vrt=allow_vrt):
+            hint = f": {ALLOW_VRT}" if path.suffix.lower() == VRT else f" ({_formats()})"
+            raise SourceError(f"{path} is no raster of a known format{hint}")
         return [path]
     folder = path / "scenes" if (path / "scenes").is_dir() else path
-    scenes = list(_rasters(folder))
+    scenes = list(_rasters(folder, allow_vrt))
     if not scenes:
         images = " or ".join(layout.rgb for layout in LAYOUTS)
         raise SourceError(
@@ -208,14 +215,14 @@ def find_scenes(path: Path) -> list[Path]:
     return scenes
 
 
-def _rasters(folder: Path) -> Iterator[Path]:
+def _rasters(folder: Path, allow_vrt: bool) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_file():
             continue
-        if path.suffix.lower() in DRIVERS:
+        if is_raster(path, allow_vrt=allow_vrt):
             yield path
-        elif path.suffix.lower() == ".vrt":
-            logger.warning("%s is left out: a VRT may point to other files; give those", path)
+        elif path.suffix.lower() == VRT:
+            logger.warning("%s is left out, since it may lead to other files: %s", path, ALLOW_VRT)
 
 
 def _formats() -> str:

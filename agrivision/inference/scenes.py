@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from agrivision.data.parts import geodata
+from agrivision.data.sources.guard import files_of
 from agrivision.data.sources.rasters import opened, windows
 from agrivision.data.sources.source import Flaw
 from agrivision.errors import Interrupted, SourceError, StorageError
@@ -119,7 +120,9 @@ def predict_scene(
         StorageError, NotWritable: the disk refused.
     """
     target, picture = outputs(scene.path, out)
-    digest = fingerprint(trained, batch_size, precision, tiling, scene, stamp(scene.path))
+    digest = fingerprint(
+        trained, batch_size, precision, tiling, scene, *map(stamp, files_of(scene.path))
+    )
     note = out / FOLDER / SCENES / f"{target.name}.json"
     if _is_finished(note, digest, (target, picture)):
         report(count_windows(scene, tiling))

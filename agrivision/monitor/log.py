@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 LOGGER_NAME = "agrivision"
+_MOST_BYTES = 1 << 20  # of lines that wait for a disk that refuses
 
 
 def configure_log(world_rank: int, file: Path | None) -> None:
@@ -65,46 +68,84 @@ class _ScreenFormatter(logging.Formatter):
 class _FileHandler(logging.Handler):
     """Appends each record with one unbuffered write, and never raises.
 
-    Unbuffered, because lines that wait in a buffer are the ones a killed job would have needed, and
-    because a full disk then costs the lines of that time only: later ones are tried again.
+    Unbuffered, because lines that wait in a buffer are the ones a killed job would have needed. Those
+    that a full disk refuses are kept and written before the next one; where they become too many, the
+    oldest are dropped, and a line in their place says how many.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.DEBUG)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._path = path
-        self._said = False
-        self._file = self._open()
-
-    def _open(self) -> IO[bytes] | None:
+        self._waiting: deque[bytes] = deque()
+        self._bytes = 0  # of the lines that wait
+        self._dropped = 0
+        self._torn = 0  # bytes of a line at the end of the file that was not taken whole
+        self._refusing = False
+        self._file: int | None = None
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            return self._path.open("ab", buffering=0)
+            self._open()
         except OSError as error:
             self._say(error)
-            return None
+
+    def _open(self) -> int:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._file = os.open(self._path, flags, 0o666)
+        return self._file
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append one record; what the disk refuses is lost."""
-        if self._file is None:
-            return
+        """Append one record, now or before the next one."""
+        self._keep(f"{self.format(record)}\n".encode(errors="replace"))
         try:
-            self._file.write(f"{self.format(record)}\n".encode(errors="replace"))
+            self._send(self._open())
         except OSError as error:
             self._say(error)
+
+    def _keep(self, line: bytes) -> None:
+        self._waiting.append(line)
+        self._bytes += len(line)
+        while self._bytes > _MOST_BYTES:
+            self._bytes -= len(self._waiting.popleft())
+            self._dropped += 1
+
+    def _send(self, file: int) -> None:
+        if self._torn:
+            os.ftruncate(file, os.fstat(file).st_size - self._torn)
+            self._torn = 0
+        if self._dropped:
+            self._write(
+                file, f"{self._dropped} lines are missing here: the disk refused them\n".encode()
+            )
+            self._dropped = 0
+        while self._waiting:
+            self._write(file, self._waiting[0])
+            self._bytes -= len(self._waiting.popleft())
+        self._refusing = False
+
+    def _write(self, file: int, line: bytes) -> None:
+        while self._torn < len(line):
+            self._torn += os.write(file, line[self._torn :])
+        self._torn = 0
 
     def close(self) -> None:
         """Close the file."""
         file, self._file = self._file, None
         if file is not None:
             try:
-                file.close()
+                self._send(file)
+            except OSError as error:
+                self._say(error)
+            try:
+                os.close(file)
             except OSError as error:  # network file systems report a full quota here
                 self._say(error)
         super().close()
 
     def _say(self, error: OSError) -> None:
-        """Tell once, on the screen: the log cannot tell of itself."""
-        if not self._said and sys.stderr is not None:
-            self._said = True
-            sys.stderr.write(f"the log {self._path} is not whole: {error.strerror or error}\n")
+        """Tell on the screen, once for each time of trouble: the log cannot tell of itself."""
+        if not self._refusing:
+            self._refusing = True
+            with suppress(OSError, ValueError, AttributeError):  # the screen may be gone as well
+                sys.stderr.write(f"the log {self._path} cannot be written: {error.strerror or error}\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from agrivision.json_values import parse
+from agrivision.monitor.appended import Appended, close_after
 from agrivision.storage import replacing, storage_error
 
 _COPY_BYTES = 1 << 20
@@ -21,7 +22,8 @@ class MetricsLog:
     """Appends rows to a JSON-lines file: `metrics.jsonl`, `log/samples-RANK.jsonl`.
 
     Each row leaves the process with one unbuffered write, so that a killed process loses nothing and
-    tears at most the last row. Whoever resumes calls `keep_steps` before opening the file.
+    tears at most the last row. A row that the disk refuses is kept and written later (see `Appended`).
+    Whoever resumes calls `keep_steps` before opening the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,11 +32,7 @@ class MetricsLog:
         Raises:
             StorageError, NotWritable: the disk refused.
         """
-        self._path = path
-        try:
-            self._file: IO[bytes] = path.open("ab", buffering=0)
-        except OSError as error:
-            raise storage_error(path, error) from error
+        self._file = Appended(path)
 
     def __enter__(self) -> Self:
         return self
@@ -45,52 +43,36 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        close_after(self._file, error)
 
     def append(self, row: Mapping[str, object]) -> None:
-        """Write one row.
+        """Write one row, now or as soon as the disk takes it.
 
         Args:
             row: `step` and anything else JSON knows, NumPy's scalars too; what is not finite becomes
                 null, because JSON has no NaN.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError, NotWritable: the disk has refused for so long that memory runs out.
         """
         line = json.dumps(_strict(dict(row)), allow_nan=False, ensure_ascii=False)
-        try:
-            _write_all(self._file, f"{line}\n".encode())
-        except OSError as error:
-            raise storage_error(self._path, error) from error
+        self._file.append(f"{line}\n".encode())
 
     def flush(self) -> None:
         """Bring the rows onto the disk, where they survive a power cut.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError, NotWritable: the disk refused; the next call tries again.
         """
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise storage_error(self._path, error) from error
+        self._file.flush()
 
     def close(self) -> None:
-        """Close the file.
+        """Flush and close the file.
 
         Raises:
-            StorageError: the disk refused (network file systems report a full quota here).
+            StorageError, NotWritable: the disk refused.
         """
-        try:
-            self._file.close()
-        except OSError as error:
-            raise storage_error(self._path, error) from error
-
-
-def _write_all(file: IO[bytes], content: bytes) -> None:
-    """An unbuffered write may take only a part, on a disk that is nearly full."""
-    view = memoryview(content)
-    while view:
-        view = view[file.write(view) :]
+        self._file.close()
 
 
 def _strict(value: Any) -> Any:
@@ -166,8 +148,8 @@ def _stays(line: bytes, last_step: int) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:
-        row = json.loads(line)
+        row = parse(line)
     except ValueError:
         return False
     step = row.get("step") if isinstance(row, dict) else None
-    return isinstance(step, int) and step <= last_step
+    return type(step) is int and step <= last_step

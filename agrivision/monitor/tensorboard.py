@@ -8,7 +8,7 @@ a file that TensorBoard, which reads files in the order of their names, never op
 
 from __future__ import annotations
 
-import logging
+import io
 import os
 import re
 import socket
@@ -28,11 +28,9 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from agrivision.errors import AgrivisionError
+from agrivision.monitor.appended import Appended, close_after
 from agrivision.monitor.pictures import Picture, encode_png
 from agrivision.storage import detach, replacing, storage_error
-
-logger = logging.getLogger(__name__)
 
 _PREFIX = "events.out.tfevents."
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of the length
@@ -43,8 +41,7 @@ _NOT_CONTENT = {"file_version", "session_log", None}  # kinds of events that sho
 class TensorBoard:
     """Writes curves, pictures and texts to an event file in a run's `tensorboard/`.
 
-    The disk never stops a run from here: at its first refusal a warning is logged, `failed` becomes
-    true, and every later call does nothing.
+    What the disk refuses is kept and written later (see `Appended`): a curve has every step once.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
@@ -54,19 +51,19 @@ class TensorBoard:
             folder: made if it is missing.
             resume_step: last step that the checkpoint holds; 0 for a new run, which removes
                 every event that the folder has.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
         """
-        self._folder = folder
         self._first_step = resume_step + 1
-        self._file: IO[bytes] | None = None
-        self._failed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            keep_events(folder, resume_step or -1)
-            for path in _event_files(folder)[-1:]:
-                detach(path)  # an attempt on a node that Slurm has lost may still have it open
-            self._file = _new_file(folder).open("xb")
-        except (OSError, AgrivisionError) as error:
-            self._give_up(error)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        keep_events(folder, resume_step or -1)
+        for path in _event_files(folder)[-1:]:
+            detach(path)  # an attempt on a node that Slurm has lost may still have it open
+        self._file = Appended(_new_file(folder), new=True)
         self._open_events(resume_step)
 
     def __enter__(self) -> Self:
@@ -78,12 +75,7 @@ class TensorBoard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
-
-    @property
-    def failed(self) -> bool:
-        """Whether the disk refused something, so that the curves are not whole."""
-        return self._failed
+        close_after(self._file, error)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each of some curves.
@@ -119,20 +111,20 @@ class TensorBoard:
         self._write(self._first_step, Summary(value=[value]))
 
     def flush(self) -> None:
-        """Bring everything onto the disk; call it before a checkpoint that counts on these steps."""
-        file = self._file
-        if file is None:
-            return
-        try:
-            file.flush()
-            os.fsync(file.fileno())
-        except (OSError, ValueError) as error:
-            self._give_up(error)
+        """Bring everything onto the disk; call it before a checkpoint that counts on these steps.
+
+        Raises:
+            StorageError, NotWritable: the disk refused; the next call tries again.
+        """
+        self._file.flush()
 
     def close(self) -> None:
-        """Flush and close; a second call does nothing."""
-        self.flush()
-        self._close_file()
+        """Flush and close; a second call does nothing.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        self._file.close()
 
     def _write(self, step: int, summary: Any) -> None:
         self._add(Event(wall_time=time.time(), step=step, summary=summary))
@@ -145,32 +137,10 @@ class TensorBoard:
             self._add(Event(wall_time=time.time(), step=self._first_step, session_log=start))
 
     def _add(self, event: Any) -> None:
-        """Append one event and hand it to the operating system, so that a kill does not lose it."""
-        file = self._file  # what a checkpoint counts on is flushed by another thread, which may fail
-        if file is None:
-            return
-        try:
-            RecordWriter(file).write(event.SerializeToString())
-            file.flush()
-        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
-            self._give_up(error)
-
-    def _give_up(self, error: OSError | ValueError | AgrivisionError) -> None:
-        if self._failed:
-            return
-        self._failed = True
-        self._close_file()
-        said = storage_error(self._folder, error) if isinstance(error, OSError) else error
-        logger.warning("no more TensorBoard events, training goes on: %s", said)
-
-    def _close_file(self) -> None:
-        file, self._file = self._file, None
-        if file is None:
-            return
-        try:
-            file.close()  # tries once more to write what is buffered
-        except OSError as error:
-            logger.debug("closing an event file: %s", error)
+        """Append one event, as a whole, so that neither a kill nor a full disk leaves a half."""
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())
 
 
 def _new_file(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from agrivision.data.order import share
 from agrivision.distributed import Ranks, peers_may_fail
 from agrivision.errors import ConfigurationError
+from agrivision.phase import WAITING, phase
 
 Node = tuple[int, int]  # level above the leaves, place among the nodes of that level
 
@@ -191,7 +192,7 @@ class CanonicalGradients:
             raise ValueError(f"micro-batch {self._next} is missing")
         self._restart()
         if self._world.size > 1:
-            with peers_may_fail():
+            with phase(WAITING), peers_may_fail():
                 self._exchange()
         sums = self._flat.views[0]
         for parameter, gradient in zip(self._parameters, sums, strict=False):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from agrivision.data.augment import Normaliser
 from agrivision.data.loader import TrainLoader
-from agrivision.errors import AgrivisionError, BadInput, Diverged, ExitCode, PeerLost
+from agrivision.data.quarantine import Damage, most_damaged
+from agrivision.errors import AgrivisionError, Diverged, ExitCode, PeerLost
 from agrivision.evaluation.evaluate import Evaluation, evaluate
 from agrivision.inference.trained import Description
-from agrivision.phase import phase
+from agrivision.phase import moved, phase
+from agrivision.training import provenance
+from agrivision.training.patience import DiskPatience
 from agrivision.training.profiling import profiled
-from agrivision.training.record import Record
+from agrivision.training.record import Record, write_quarantine
 from agrivision.training.saver import Saver, SaveWatch
 from agrivision.training.setting import Setting
 from agrivision.training.showcase import draw_panels
@@ -44,32 +47,44 @@ class Loop:
         self._device, self._data, self._stop = setting.device, setting.data, setting.stop
         self._loader, self._trainer, self._record = loader, trainer, record
         self._normaliser = Normaliser.of(self._data.schema, self._config.data.normalisation)
+        main = self._ranks.world.is_main
+        self._patience = DiskPatience(
+            60 * self._config.training.save_patience_minutes, lambda: self._stop.made
+        )
         self._saver = Saver(
             self._run,
             keep_last=self._config.training.keep_last,
             allowed=setting.still_ours,
+            attempt=len(provenance.attempts(self._run)) if main else 0,
+            whole=trainer.progress.step or None,
+            patience=self._patience,
             flush=record.flush,
             saved=self._check_warning,
         )
+        trainer.isolated = self._isolated
         trainer.before_change = self._saver.copied  # on rank 0 alone there is anything to wait for
         self._clock = SaveWatch(
-            self._config.training.checkpoint_every_minutes if self._ranks.world.is_main else None,
+            self._config.training.checkpoint_every_minutes if main else None,
             saver=self._saver,
         )
         self._saved_step = trainer.progress.step if trainer.progress.step else -1
         self._warning_seconds = setting.ranks.world.signal_seconds
         self._slowest_step = 0.0
         self._profile = self._run.profile if setting.profile else None
+        self._still_ours = setting.still_ours
+        self._left_out: set[int] = set()  # validation tiles that the log has named
         self._missed = 0  # the last skipped step that the log knows of
 
     def go(self) -> ExitCode:
         """Train to the end, or until somebody asks to stop; what was saved is then on the disk."""
-        with self._saver, profiled(self._profile, self._ranks.world.rank) as self._profile_step:
+        profile = profiled(self._profile, self._ranks.world.rank)
+        with phase("train"), self._saver, profile as self._profile_step:
             return self._train()
 
     def _train(self) -> ExitCode:
         config, progress = self._config, self._trainer.progress
         self._record.text("config", f"```yaml\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```")
+        self._write_quarantine()
         if progress.step and not self._evaluate_if_due():  # the attempt before may have missed it
             return self._leave()
         since = time.perf_counter()
@@ -82,9 +97,9 @@ class Loop:
             if self._save_is_due(step):
                 self._look()
                 self._save()
-            if step.unreadable:
+            if step.trouble is not None:
                 self._finish_saving()
-                raise self._unreadable()
+                raise step.trouble
             if step.stop or not self._evaluate_if_due():
                 return self._leave()
             since = time.perf_counter()
@@ -108,17 +123,41 @@ class Loop:
         whole = step.batch.whole
         assert whole is not None
         if self._config.monitor.log_samples:
-            keys = [self._data.train.key(tile) for tile in step.batch.tiles[: step.batch.count]]
+            keys = [self._data.train.key(tile) for tile in step.batch.counted]
             self._record.sampled(step.number, whole.epoch, keys)
         self._record.stepped(whole.count)
         if step.number % self._config.monitor.log_every_steps == 0 or self._is_last():
-            values = self._look().means | {"learning_rate": step.learning_rate}
+            values = self._look().means | {
+                "learning_rate": step.learning_rate,
+                "quarantined": len(self._trainer.quarantine),
+            }
             self._trainer.tally.restart()
             self._record.trained(step.number, whole.epoch, values, self._loader.waited)
 
+    def _isolated(self, found: Sequence[Damage], step: int) -> None:
+        """Name tiles that are in quarantine from a step on."""
+        quarantine = self._trainer.quarantine
+        for damage in found:
+            log.log(
+                logging.WARNING if self._ranks.world.is_main else logging.DEBUG,
+                "tile %s is left out from step %d on: %s (%d tiles in quarantine, at most %d may be)",
+                damage.name,
+                step,
+                damage.why,
+                len(quarantine),
+                quarantine.allowed,
+            )
+        self._write_quarantine()
+
+    def _write_quarantine(self) -> None:
+        if self._ranks.world.is_main:
+            self._still_ours()
+            write_quarantine(self._run, self._trainer.quarantine.rows)
+
     def _look(self) -> Look:
         """Wait for the device, and see whether the steps up to here were good."""
-        look = self._trainer.tally.look()
+        with phase("wait for the device"):
+            look = self._trainer.tally.look()
         most = self._config.training.max_nonfinite_steps
         if look.most_in_a_row >= most:
             raise Diverged(
@@ -140,7 +179,7 @@ class Loop:
         due = (
             step.save
             or step.stop
-            or step.unreadable > 0
+            or step.trouble is not None
             or (steps is not None and step.number % steps == 0)
             or (epochs > 0 and self._ends_epoch() and self._epoch % epochs == 0)
         )
@@ -152,8 +191,8 @@ class Loop:
 
         All ranks learn whether what was saved before is on the disk.
         """
-        if not self._ranks.world.is_main:
-            self._record.flush()  # rank 0 does that behind the next steps, too
+        if self._config.monitor.log_samples:  # a checkpoint counts on the lists of all ranks
+            self._together(self._keep_samples)
         self._on_main(self._save_on_main)
         self._clock.restart()
         self._saved_step = self._trainer.progress.step
@@ -164,15 +203,25 @@ class Loop:
 
     def _on_main(self, act: Callable[[], None]) -> None:
         """Let rank 0 save or wait; where that fails, all ranks leave."""
+        self._together(act if self._ranks.world.is_main else lambda: None)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Let each rank bring something onto the disk; where one fails, all leave."""
         error = None
-        if self._ranks.world.is_main:
-            try:
-                with phase("wait for the disk"):
-                    act()
-            except AgrivisionError as refusal:
-                error = refusal
-        if self._ranks.largest(int(error is not None))[0]:
-            raise error or PeerLost("rank 0 could not save the checkpoint: see its own line")
+        try:
+            with phase("wait for the disk"):
+                act()
+        except AgrivisionError as refusal:
+            error = refusal
+        # The lowest rank that failed: its own line says why.
+        size, rank = self._ranks.world.size, self._ranks.world.rank
+        failed = size - self._ranks.largest(size - rank if error is not None else 0)[0]
+        if failed < size:
+            raise error or PeerLost(f"rank {failed} could not save: see its own line")
+
+    def _keep_samples(self) -> None:
+        if not self._ranks.world.is_main:  # rank 0 does it behind the next steps
+            self._patience.persist(self._record.flush, moved)
 
     def _save_on_main(self) -> None:
         progress, training = self._trainer.progress, self._config.training
@@ -211,6 +260,7 @@ class Loop:
         if evaluation is None:
             return False
         seconds = time.perf_counter() - begin
+        self._name(evaluation.left_out)
         drawn = self._ranks.world.is_main and self._config.monitor.tensorboard
         with phase("draw"):
             panels = self._panels() if drawn else {}  # before anything is written: it takes its time
@@ -218,6 +268,13 @@ class Loop:
         self._record.evaluated(step, self._epoch, evaluation, seconds)
         self._record.pictures(step, panels)
         return True
+
+    def _name(self, left_out: Sequence[Damage]) -> None:
+        """Name validation tiles that are not in the score, each once."""
+        for damage in left_out:
+            if self._ranks.world.is_main and damage.tile not in self._left_out:
+                log.warning("tile %s is left out of the score: %s", damage.name, damage.why)
+        self._left_out.update(damage.tile for damage in left_out)
 
     def _evaluation_is_due(self) -> bool:
         every = self._config.training.evaluate_every_epochs
@@ -237,6 +294,7 @@ class Loop:
             batch_size=self._config.evaluation.batch_size,
             threads=self._config.data.threads,
             precision=self._config.training.precision,
+            allowed=most_damaged(self._config.data.max_damaged_share, len(self._data.val)),
             stop=lambda: self._stop.made,
         )
 
@@ -249,10 +307,6 @@ class Loop:
             count=self._config.monitor.images,
             precision=self._config.training.precision,
         )
-
-    def _unreadable(self) -> AgrivisionError:
-        trouble = self._trainer.trouble
-        return trouble or BadInput("another rank could not read its data: see its own line")
 
     def _leave(self) -> ExitCode:
         if self._saved_step != self._trainer.progress.step:

@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 import agrivision
 from agrivision.rundir import RunDirectory
-from agrivision.storage import write_atomically
+from agrivision.storage import storage_error, write_atomically
 from agrivision.world import World
 
 _PACKAGES = ("torch", "torchvision", "numpy", "rasterio", "safetensors", "simplejpeg", "zstandard")
@@ -58,13 +59,34 @@ def attempts(run: RunDirectory) -> list[dict[str, Any]]:
         return []
 
 
+def went_on(attempts: Sequence[Mapping[str, Any]], number: int, step: int) -> bool:
+    """Whether the run went on from what an attempt saved at a step, or still may.
+
+    A later attempt that began at an earlier step has repeated that step in its own way: it did not see
+    the checkpoint, on a node whose view of the folder was late.
+
+    Args:
+        attempts: all so far, oldest first, without the one that asks.
+        number: of the attempt, 1 for the first; 0 where it is not known.
+        step: that it saved.
+    """
+    return number == 0 or all(step <= int(later.get("from_step", step)) for later in attempts[number:])
+
+
 def add_attempt(run: RunDirectory, attempt: dict[str, Any]) -> None:
-    """Write provenance.json with one more attempt.
+    """Write provenance.json with one more attempt; one that cannot be read is kept beside it.
 
     Raises:
         StorageError, NotWritable: the disk refused.
     """
-    content = {"attempts": [*attempts(run), attempt]}
+    before = attempts(run)
+    if not before and run.provenance.exists():
+        damaged = run.provenance.with_name(f"damaged-{run.provenance.name}")
+        try:
+            run.provenance.replace(damaged)
+        except OSError as error:
+            raise storage_error(damaged, error) from error
+    content = {"attempts": [*before, attempt]}
     write_atomically(run.provenance, (json.dumps(content, indent=2) + "\n").encode())
 
 

@@ -6,6 +6,8 @@ first removes what the interrupted attempt wrote about later steps, so that each
 
 from __future__ import annotations
 
+import json
+import logging
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +17,18 @@ from typing import Any
 
 import torch
 
+from agrivision.errors import AgrivisionError
 from agrivision.evaluation.evaluate import Evaluation
+from agrivision.late import SECONDS, await_seen, is_late
 from agrivision.monitor.metrics import MetricsLog, keep_steps
 from agrivision.monitor.pictures import Picture
 from agrivision.monitor.progress import Progress, progress
 from agrivision.monitor.tensorboard import TensorBoard
 from agrivision.rundir import RunDirectory
-from agrivision.storage import detach, make_private
+from agrivision.storage import detach, make_private, storage_error, write_atomically
 from agrivision.world import World
+
+log = logging.getLogger(__name__)
 
 
 class Record:
@@ -48,13 +54,16 @@ class Record:
         samples: bool,
     ) -> None:
         self._stack = ExitStack()
-        make_private(run.log)
+        # Rank 0 may have made the folder, which this node may see late.
+        seconds = 0.0 if world.is_main else SECONDS
+        await_seen(lambda: make_private(run.log), is_late, seconds)
         self._metrics: MetricsLog | None = None
         self._board: TensorBoard | None = None
         self._bar: Progress | None = None
         self._samples: MetricsLog | None = None
         if samples:
-            self._samples = self._open(MetricsLog(run.log / f"samples-{world.rank}.jsonl"))
+            samples_file = run.log / f"samples-{world.rank}.jsonl"
+            self._samples = self._open(await_seen(lambda: MetricsLog(samples_file), is_late, seconds))
         if not world.is_main:
             return
         self._metrics = self._open(MetricsLog(run.metrics))
@@ -74,7 +83,7 @@ class Record:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     def sampled(self, step: int, epoch: int, keys: Sequence[str]) -> None:
         """A step consumed these tiles on this rank."""
@@ -93,7 +102,7 @@ class Record:
         Args:
             step: optimiser steps done.
             epoch: of the step.
-            values: `total`, `cross_entropy`, `dice`, `gradient_norm`, `learning_rate`.
+            values: `total`, `cross_entropy`, `dice`, `gradient_norm`, `learning_rate`, `quarantined`.
             waited: seconds that rank 0 has waited for pixels since the start of the process.
         """
         if self._metrics is None:
@@ -112,15 +121,14 @@ class Record:
             return
         found = evaluation.scores
         row = {"kind": "evaluation", "step": step, "epoch": epoch, "miou": found.miou, "iou": found.iou}
-        self._metrics.append(row | {"seconds": seconds})
-        self._metrics.flush()
+        left_out = len(evaluation.left_out)
+        self._metrics.append(row | {"left_out": left_out, "seconds": seconds})
         if self._board is not None:
             self._board.scalars(step, dict(_score_tags(evaluation)))
         if self._bar is not None:
             self._bar.advance(0, mIoU=found.miou if found.miou is not None else "none")
-            self._bar.note(
-                f"epoch {epoch}, step {step}: mIoU {_three(found.miou)} ({_by_class(found.iou)})"
-            )
+            line = f"epoch {epoch}, step {step}: mIoU {_three(found.miou)} ({_by_class(found.iou)})"
+            self._bar.note(f"{line}, without {left_out} tiles" if left_out else line)
 
     def pictures(self, step: int, panels: Mapping[str, Picture]) -> None:
         """Draw panels in TensorBoard."""
@@ -146,6 +154,7 @@ _TAGS = {
     "dice": "loss/dice",
     "gradient_norm": "train/gradient_norm",
     "learning_rate": "train/learning_rate",
+    "quarantined": "data/quarantined",
     "images_per_second": "speed/images_per_second",
     "waiting_share": "speed/waiting_share",
     "memory_gib": "speed/memory_gib",
@@ -154,6 +163,7 @@ _TAGS = {
 
 def _score_tags(evaluation: Evaluation) -> Iterator[tuple[str, float]]:
     found = evaluation.scores
+    yield "data/left_out", len(evaluation.left_out)
     if found.miou is not None:
         yield "score/miou", found.miou
     for kind in ("iou", "precision", "recall"):
@@ -195,6 +205,27 @@ def _memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write_quarantine(run: RunDirectory, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the list of the tiles that a run goes on without, or remove an empty one; for rank 0.
+
+    The checkpoint holds the list that counts, so a disk that refuses this one costs a line.
+
+    Args:
+        run: its directory.
+        rows: `Quarantine.rows`.
+    """
+    try:
+        if rows:
+            content = "".join(f"{json.dumps(row)}\n" for row in rows)
+            write_atomically(run.quarantine, content.encode())
+        else:
+            run.quarantine.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s", storage_error(run.quarantine, error))
+    except AgrivisionError as refusal:
+        log.warning("%s", refusal)
 
 
 def forget_after(run: RunDirectory, step: int) -> None:

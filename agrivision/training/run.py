@@ -14,7 +14,7 @@ from agrivision.config import Config
 from agrivision.data.augment import Augment, Normaliser
 from agrivision.data.loader import TrainLoader
 from agrivision.data.order import Order
-from agrivision.distributed import connected, pick_device
+from agrivision.distributed import connected, pick_device, waiting_time
 from agrivision.errors import (
     AgrivisionError,
     ExitCode,
@@ -23,14 +23,15 @@ from agrivision.model.build import build_model
 from agrivision.model.losses import LabelSetLoss, class_weights
 from agrivision.monitor.log import configure_log
 from agrivision.rundir import RunDirectory
-from agrivision.storage import make_private, write_atomically
+from agrivision.storage import write_atomically
 from agrivision.training import provenance
 from agrivision.training.loop import Loop
 from agrivision.training.preemption import StopRequest
 from agrivision.training.record import Record
 from agrivision.training.setting import Setting, check_fit, open_data, prepare_kernels, stage_data
-from agrivision.training.start import find_start, held
+from agrivision.training.start import await_data_set, find_start, held, make_run_directory
 from agrivision.training.trainer import Progress, Trainer
+from agrivision.watchdog import Watchdog
 from agrivision.world import World
 
 log = logging.getLogger(__name__)
@@ -62,20 +63,49 @@ def train(
         AgrivisionError: in one line, what is wrong and what to do.
     """
     world = world or World.from_environment()
-    stop = stop or StopRequest()
+    with Watchdog(world, config.training.stall_minutes) as watchdog:
+        return _attempt(
+            config,
+            RunDirectory(run_dir),
+            world,
+            stop or StopRequest(),
+            watchdog,
+            resume_with_changes=resume_with_changes,
+            profile=profile,
+        )
+
+
+def _attempt(
+    config: Config,
+    run: RunDirectory,
+    world: World,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    resume_with_changes: bool,
+    profile: bool,
+) -> ExitCode:
+    await_data_set(config, world)
     data = open_data(config)
     check_fit(config, data, world)
-    run = RunDirectory(run_dir)
-    make_private(run.path)
+    make_run_directory(run, world)
     configure_log(world.rank, None)
     prepare_kernels(config, world)
     device = pick_device(world)
     try:
         with (
-            connected(world, device, run.path, lambda: stop.made) as ranks,
+            connected(
+                world,
+                device,
+                run.path,
+                lambda: stop.made,
+                timeout=waiting_time(config.training.stall_minutes),
+            ) as ranks,
+            watchdog.among(ranks.store),
             held(run, ranks) as still_ours,
         ):
             configure_log(world.rank, run.log / f"rank-{world.rank}.log")
+            watchdog.write_to(run.log / f"rank-{world.rank}.log")
             data = stage_data(config, data, world, stop)
             setting = Setting(
                 config=config,
@@ -111,6 +141,9 @@ def _train(setting: Setting, *, resume_with_changes: bool) -> ExitCode:
         trainer = _build_trainer(setting, loader, fresh=loaded is None)
         if loaded is not None:
             trainer.load_states(loaded.states)
+            if resume_with_changes and len(trainer.quarantine):
+                log.warning("the %d tiles in quarantine are read again", len(trainer.quarantine))
+                trainer.quarantine.load(())
         trainer.total_steps = _total_steps(config, loader.order, trainer.progress)
         if ranks.world.is_main:
             _write_about(setting, trainer.progress.step)

@@ -3,8 +3,11 @@
 `save` copies what is small into memory that is there already, and returns. A thread copies the rest
 while the next step computes its gradients, and writes the copy, with all that a checkpoint promises.
 `copied` stands before whatever changes the weights. There is never more than one such thread: whoever
-saves again before the one before is on the disk, waits for it. What the thread meets is raised by the
-next `save` or `wait`; until then `failed` says so, so that the ranks may meet soon.
+saves again before the one before is on the disk, waits for it.
+
+Where the disk refuses, the thread tries again while the training goes on, until the disk takes it or
+there is something newer to save; `DiskPatience` says for how long. What the thread meets in the end is
+raised by the next `save` or `wait`; until then `failed` says so, so that the ranks may meet soon.
 """
 
 from __future__ import annotations
@@ -18,10 +21,14 @@ from types import TracebackType
 from typing import Self
 
 from agrivision import checkpoint
-from agrivision.errors import AgrivisionError
+from agrivision.errors import AgrivisionError, StorageError
+from agrivision.phase import moved
 from agrivision.rundir import RunDirectory, best_step
 from agrivision.snapshot import Snapshot, States
+from agrivision.training.patience import DiskPatience
 from agrivision.training.trainer import SaveClock
+
+_LOOK_SECONDS = 1.0  # so often whoever waits sees whether the disk was tried again
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +43,9 @@ class Saver:
         run: its directory, held.
         keep_last: how many of the newest checkpoints stay, besides milestones and the best.
         allowed: raises where another attempt has taken over the run.
+        attempt: number of this attempt, 1 for the run's first.
+        whole: step of the checkpoint that the run goes on from, which was read and found whole.
+        patience: with a disk that refuses.
         flush: brings onto the disk what a checkpoint counts on; called before each is written.
         saved: told how many seconds each took, from the call to the end of its writing.
     """
@@ -46,11 +56,17 @@ class Saver:
         *,
         keep_last: int,
         allowed: Callable[[], None],
+        attempt: int = 0,
+        whole: int | None = None,
+        patience: DiskPatience | None = None,
         flush: Callable[[], None] = lambda: None,
         saved: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self._run, self._keep_last = run, keep_last
+        self._run, self._keep_last, self._attempt = run, keep_last, attempt
         self._allowed, self._flush, self._saved = allowed, flush, saved
+        self._patience = patience or DiskPatience(0)
+        self._seen = {} if whole is None else {whole: True}  # see `checkpoint.tidy`
+        self._newer = threading.Event()  # the main thread has something newer to save
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -95,20 +111,34 @@ class Saver:
             epoch: whole epochs done.
             milestone: keep it for good.
 
+        Where the disk still refuses the checkpoint before, that one is given up for this one.
+
         Raises:
             AgrivisionError: why the checkpoint before could not be written; this one is not.
         """
         begin = time.perf_counter()
-        self.wait()
+        self._newer.set()
+        try:
+            self.wait()
+        except StorageError as refusal:
+            if not self._patience.hurries:
+                raise
+            log.warning("%s; a last try, with what is newer", refusal)
+        finally:
+            self._newer.clear()
         snapshot = self._room_for(states)
         snapshot.begin(states)
         self._stood = time.perf_counter() - begin
 
         def write() -> None:
             try:
-                name = self._write(snapshot.finish(), step=step, epoch=epoch, milestone=milestone)
+                copy = snapshot.finish()
+                name = self._persist(copy, step=step, epoch=epoch, milestone=milestone)
             except BaseException as error:  # it is raised where somebody waits
                 self._error = error
+                return
+            if name is None:
+                log.warning("step %d is not saved: a later one is tried instead", step)
                 return
             seconds = time.perf_counter() - begin
             line = "step %d saved in %.1f s, training stood still for %.0f ms: %s"
@@ -140,7 +170,12 @@ class Saver:
             AgrivisionError: why it is not, once.
         """
         if self._thread is not None:
-            self._thread.join()
+            tries = self._patience.tries
+            while self._thread.is_alive():
+                self._thread.join(_LOOK_SECONDS)
+                if self._patience.tries != tries:  # it does not hang: the disk refuses
+                    tries = self._patience.tries
+                    moved()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -152,18 +187,48 @@ class Saver:
             self._snapshot = Snapshot(states)
         return self._snapshot
 
+    def _persist(self, states: States, *, step: int, epoch: int, milestone: bool) -> str | None:
+        """Write a checkpoint, again and again; returns its name, None where it was given up."""
+        while True:
+            try:
+                name = self._write(states, step=step, epoch=epoch, milestone=milestone)
+            except StorageError as refusal:
+                self._patience.wait(refusal, self._newer.is_set)
+                if self._newer.is_set():
+                    return None
+            else:
+                self._patience.served()
+                self._tidy()
+                return name
+
     def _write(self, states: States, *, step: int, epoch: int, milestone: bool) -> str:
-        """Write a checkpoint and remove those that are not wanted any more; returns its name."""
         self._flush()
         folder = self._run.checkpoints
+        self._allowed()
+        # Of an attempt before, seen late by a file system that lags: this one has not come there yet.
+        checkpoint.set_aside(folder, step)
         path = checkpoint.save(
-            folder, states, step=step, epoch=epoch, milestone=milestone, allowed=self._allowed
+            folder,
+            states,
+            step=step,
+            epoch=epoch,
+            milestone=milestone,
+            attempt=self._attempt,
+            allowed=self._allowed,
         )
-        saved = {entry.step for entry in checkpoint.entries(folder)}
-        scored = self._run.evaluations()
-        best = best_step({step: score for step, score in scored.items() if step in saved})
-        checkpoint.tidy(folder, self._keep_last, () if best is None else (best,))
+        self._seen[step] = True
         return path.name
+
+    def _tidy(self) -> None:
+        """Remove the checkpoints that are not wanted any more, if it is known which these are."""
+        folder = self._run.checkpoints
+        try:
+            saved = {entry.step for entry in checkpoint.entries(folder)}
+            scored = self._run.evaluations()
+            best = best_step({step: score for step, score in scored.items() if step in saved})
+            checkpoint.tidy(folder, self._keep_last, () if best is None else (best,), self._seen)
+        except (OSError, AgrivisionError) as error:
+            log.warning("no old checkpoint is removed: %s", error)
 
 
 @dataclass

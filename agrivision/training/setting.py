@@ -18,6 +18,7 @@ from agrivision.data.staging import StagedSplit, stage
 from agrivision.distributed import Ranks, pick_device
 from agrivision.errors import ConfigurationError
 from agrivision.model.build import build_model
+from agrivision.phase import moved
 from agrivision.rundir import RunDirectory
 from agrivision.training.preemption import StopRequest
 from agrivision.world import World
@@ -88,12 +89,17 @@ def stage_data(config: Config, data: Data, world: World, stop: StopRequest) -> D
     if config.data.stage is None:
         return data
     folder, splits = Path(config.data.path), (config.data.train_split, config.data.val_split)
+
+    def asked() -> bool:  # between two pieces of the copy, which may take long
+        moved()
+        return stop.made
+
     copy = stage(
         folder,
         data.schema,
         splits,
         config.data.stage,
-        stop=lambda: stop.made,
+        stop=asked,
         speaks=world.local_rank == 0,
     )
     if copy is None:

@@ -7,20 +7,32 @@ alike or leave alike.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import yaml
 
 from agrivision import checkpoint
 from agrivision.config import Config, flatten
+from agrivision.data.schema import FILE_NAME
 from agrivision.distributed import Ranks
-from agrivision.errors import AgrivisionError, BadInput, RunMismatch
+from agrivision.errors import (
+    AgrivisionError,
+    BadInput,
+    CheckpointError,
+    PeerLost,
+    RunMismatch,
+    StorageError,
+)
+from agrivision.late import SECONDS, await_seen, is_late, refresh
 from agrivision.rundir import RunDirectory
+from agrivision.storage import make_private
 from agrivision.training import provenance
 from agrivision.training.record import forget_after
+from agrivision.world import World
+
+_LISTING_SECONDS = 35.0  # NFS shows a new file about half a minute late
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +42,31 @@ _FREE_KEYS = (
     "data.threads",
     "data.prefetch",
     "data.stage",
+    "data.max_damaged_share",
     "monitor.",
     "training.keep_",
     "training.checkpoint_every_",
+    "training.stall_minutes",
+    "training.save_patience_",
 )
+
+
+def await_data_set(config: Config, world: World) -> None:
+    """On other nodes than rank 0's, wait for a data set that was just made and is seen late there."""
+    if not world.is_main and config.data.path:
+        with suppress(OSError):  # whoever opens it says what is wrong
+            await_seen((Path(config.data.path) / FILE_NAME).stat, is_late, _LISTING_SECONDS)
+
+
+def make_run_directory(run: RunDirectory, world: World) -> None:
+    """Make the run directory; another node than rank 0's may see late that it is there already.
+
+    Raises:
+        StorageError, NotWritable: the disk refused.
+        Untrusted: somebody else made the directory, or may write it.
+    """
+    seconds = 0.0 if world.is_main else SECONDS
+    await_seen(lambda: make_private(run.path), is_late, seconds)
 
 
 @contextmanager
@@ -80,11 +113,16 @@ def find_start(
     Raises:
         RunMismatch: the directory belongs to another run; the line names the keys.
         CheckpointError: there are checkpoints, but none is whole.
+        StorageError: the disk refused, or this node does not see what rank 0 sees.
     """
     found, error = None, None
     if ranks.world.is_main:
         try:
-            found = checkpoint.latest(run.checkpoints)
+            attempts = provenance.attempts(run)
+            _await_listing(run)
+            found = checkpoint.latest(
+                run.checkpoints, lambda entry: provenance.went_on(attempts, entry.attempt, entry.step)
+            )
             if found is not None:
                 _compare(config, run, fingerprint, resume_with_changes)
                 checkpoint.set_aside(run.checkpoints, found.step)
@@ -93,9 +131,55 @@ def find_start(
             error = refusal
     _agree_to_start(ranks, error)
     name = ranks.from_main(None if found is None else found.folder.name)
-    if name is None or found is not None:
-        return found
-    return checkpoint.load(_wait_for(run.checkpoints / name))
+    whose = ranks.from_main(fingerprint)
+    try:
+        if whose != fingerprint:
+            raise StorageError(f"{config.data.path} is another data set here than on rank 0's node")
+        if name is not None and found is None:
+            found = _load_late(run.checkpoints / name)
+    except StorageError as refusal:
+        error = refusal
+    if ranks.largest(int(error is not None))[0]:
+        raise error or PeerLost("another rank does not see what rank 0 sees: see its own line")
+    return found
+
+
+def _await_listing(run: RunDirectory) -> None:
+    """Give a checkpoint that there must be the time to be seen on this node.
+
+    What has a score was saved before it. Where somebody has removed it since, that costs some waiting.
+    """
+    refresh(run.checkpoints)
+    refresh(run.log)
+    try:
+        scored = max(run.evaluations(), default=0)
+    except OSError as error:
+        raise StorageError(f"cannot read {run.metrics}: {error.strerror}") from error
+    if run.latest_step() >= scored:
+        return
+    log.warning("step %d was scored, but its checkpoint is not here: waiting for it", scored)
+
+    def look() -> None:
+        refresh(run.checkpoints)
+        if run.latest_step() < scored:
+            raise FileNotFoundError
+
+    try:
+        await_seen(look, is_late, _LISTING_SECONDS)
+    except FileNotFoundError:
+        log.warning("it does not come: going on without it")
+
+
+def _load_late(folder: Path) -> checkpoint.Checkpoint:
+    """The checkpoint that rank 0 has read; this node may see it late."""
+    try:
+        return await_seen(lambda: checkpoint.load(folder), _is_damage, SECONDS)
+    except CheckpointError as error:
+        raise StorageError(f"rank 0 can read the checkpoint, this node cannot: {error}") from None
+
+
+def _is_damage(error: Exception) -> bool:
+    return isinstance(error, CheckpointError)
 
 
 def _agree_to_start(ranks: Ranks, error: AgrivisionError | None) -> None:
@@ -106,14 +190,6 @@ def _agree_to_start(ranks: Ranks, error: AgrivisionError | None) -> None:
     if said is not None:
         noun = BadInput if said["code"] == BadInput.exit_code else AgrivisionError
         raise noun(f"rank 0 cannot start: {said['line']}")
-
-
-def _wait_for(folder: Path, seconds: float = 60.0) -> Path:
-    """A folder that another node has just written; NFS may show it up to half a minute late."""
-    end = time.monotonic() + seconds
-    while not (folder / checkpoint.MANIFEST).is_file() and time.monotonic() < end:
-        time.sleep(0.5)
-    return folder
 
 
 def _compare(config: Config, run: RunDirectory, fingerprint: str, resume_with_changes: bool) -> None:

@@ -1,9 +1,9 @@
 """The loop: batches in, better weights out, and a moment between two steps when everything is whole.
 
-Ranks agree once a step, in one small sum: the loss, whether somebody asked to stop, whether a rank
-could not read its next batch. What follows from it (skip, save, leave) is then the same decision
-everywhere. On a GPU the losses are summed there, and the program waits for it only when it looks at
-them: whether a step counts is decided on the device.
+Ranks agree once a step, in one small sum: the loss, whether somebody asked to stop, whether a rank has
+met a damaged tile in its next batch. What follows from it (skip, isolate, save, leave) is then the same
+decision everywhere. On a GPU the losses are summed there, and the program waits for it only when it
+looks at them: whether a step counts is decided on the device.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agrivision.config import Config
 from agrivision.data.augment import Augment
+from agrivision.data.jpeg_pixels import JpegPixels
 from agrivision.data.loader import Batch, TrainLoader
 from agrivision.data.order import Stream, generator
+from agrivision.data.quarantine import Damage, Quarantine
 from agrivision.distributed import Ranks, peers_may_fail
-from agrivision.errors import CheckpointError, DatasetError
+from agrivision.errors import AgrivisionError, CheckpointError, DatasetError, StorageError
 from agrivision.model.losses import LabelSetLoss, SampleLosses
 from agrivision.model.precision import autocast
-from agrivision.phase import phase
+from agrivision.phase import WAITING, phase
 from agrivision.training.ema import WeightAverage
 from agrivision.training.invariant import CanonicalGradients
 from agrivision.training.optimizer import Optimizer
@@ -60,7 +62,7 @@ class Step:
         batch: this rank's part.
         stop: somebody asked to stop, or it is time.
         save: rank 0 wants a checkpoint (its clock says so).
-        unreadable: ranks that could not read their next batch.
+        trouble: why the next step cannot be done: too much of the data is damaged, or out of reach.
         learning_rate: of this step.
     """
 
@@ -68,7 +70,7 @@ class Step:
     batch: Batch
     stop: bool
     save: bool
-    unreadable: int
+    trouble: AgrivisionError | None
     learning_rate: float
 
 
@@ -91,7 +93,8 @@ class Trainer:
         model: without a wrapper.
         optimizer: of its parameters.
         average: of its weights, None where the configuration wants none.
-        trouble: why this rank cannot read its next batch.
+        quarantine: the training tiles that the run goes on without.
+        isolated: called with tiles that were just put there, and the first step without them.
         before_change: called before weights, the optimiser's moments or the average change, so that
             somebody who still copies them can be waited for. Between two calls a step only computes
             gradients, and changes nothing but BatchNorm's running statistics.
@@ -115,12 +118,14 @@ class Trainer:
         self.model = model
         self.optimizer = Optimizer(model, config.optimizer)
         self.average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
-        self.trouble: DatasetError | None = None
+        self.quarantine = Quarantine(loader.reader, config.data.max_damaged_share)
+        self.isolated: Callable[[Sequence[Damage], int], None] = lambda *_: None
         self.before_change: Callable[[], None] = lambda: None
         self._config, self._augment, self._loader = config, augment, loader
         self._ranks, self._device, self._upload = ranks, device, Upload(device)
         self._places = loader.order.share(ranks.world.rank, ranks.world.size)
         self._micro = training.micro_batch_size or len(range(config.data.batch_size)[self._places])
+        loader.isolate(self.quarantine, self._micro)
         self._canonical: CanonicalGradients | None = None
         if training.invariant:
             ranks.take_from_main(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
@@ -143,7 +148,9 @@ class Trainer:
         states: dict[str, Mapping[str, Any]] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": vars(self.progress) | self.tally.state_dict(),
+            "progress": vars(self.progress)
+            | self.tally.state_dict()
+            | {"quarantine": self.quarantine.rows},
         }
         return states if self.average is None else states | {"ema": self.average.state_dict()}
 
@@ -163,6 +170,7 @@ class Trainer:
             progress = states["progress"]
             self.tally.load_state_dict(progress)
             self.progress.step, self.progress.cursor = progress["step"], progress["cursor"]
+            self.quarantine.load(progress.get("quarantine", ()))  # older versions kept none
         except KeyError as error:
             raise CheckpointError(f"the checkpoint has no state {error}") from None
         except RuntimeError as error:  # torch lists every tensor that does not fit; one is enough
@@ -176,29 +184,33 @@ class Trainer:
         """Train to the end of the run; between two steps the caller may save, evaluate or leave.
 
         Raises:
-            DatasetError: the very first batch cannot be read on this or another rank.
+            DatasetError: too many tiles of the very first batch are damaged.
+            StorageError: a rank can read none of it.
             PeerLost: another rank is gone.
         """
         if self.progress.step >= self.total_steps:
             return
         batch = self._fetch()
-        if self._ranks.largest(int(batch is None))[0]:
-            raise self.trouble or DatasetError("another rank cannot read its batch: see its own line")
+        if self._ranks.largest(int(bool(batch.found)))[0]:
+            trouble = self._isolate(batch)
+            if trouble is not None:
+                raise trouble
+        self._arrange_buckets(batch)
         while self.progress.step < self.total_steps:
-            assert batch is not None
             self.model.train()
             local = self._accumulate(batch)
             last = self.progress.step + 1 == self.total_steps
             following = batch if last else self._fetch()
-            flags = (stop.made, save_due.passed(), following is None)
-            losses, (stops, saves, unreadable) = self._agree(local, flags)
+            flags = (stop.made, save_due.passed(), not last and bool(following.found))
+            losses, (stops, saves, damaged) = self._agree(local, flags)
             rate = self._finish(batch, losses)
+            trouble = self._isolate(following) if damaged else None
             yield Step(
                 number=self.progress.step,
                 batch=batch,
                 stop=stops > 0,
                 save=saves > 0,
-                unreadable=unreadable,
+                trouble=trouble,
                 learning_rate=rate,
             )
             batch = following
@@ -211,13 +223,63 @@ class Trainer:
             static=not training.compile and (training.micro_batch_size or largest) >= largest,
         )
 
-    def _fetch(self) -> Batch | None:
+    def _fetch(self) -> Batch:
+        with phase("wait for data"):
+            batch = self._loader.next_batch()
+            try:
+                return self._upload.send(batch)
+            except DatasetError:
+                if not isinstance(batch.pixels, JpegPixels):
+                    raise
+                failed = batch.pixels.undecodable(self._device)
+                if not failed:
+                    raise
+                return self._upload.send(self._loader.without(batch, failed))
+
+    def _isolate(self, batch: Batch) -> AgrivisionError | None:
+        """Put what ranks have found in the coming step into quarantine; returns why that cannot be.
+
+        What cannot be is not remembered either: with the data made whole, the run goes on as if nothing
+        had been.
+        """
+        mine = {"cut_off": batch.cut_off, "found": [damage.to_dict() for damage in batch.found]}
+        told = self._ranks.from_all(mine)
+        found = [[Damage(**damage) for damage in rank["found"]] for rank in told]
+        for rank, report in enumerate(told):
+            if report["cut_off"]:
+                return StorageError(
+                    f"rank {rank} can read none of its tiles ({found[rank][0].why}): once the disk is"
+                    " back, the same command goes on"
+                )
+        step = self.progress.step + 1
         try:
-            with phase("wait for data"):
-                return self._upload.send(self._loader.next_batch())
-        except DatasetError as error:
-            self.trouble = error
-            return None
+            new = self.quarantine.add((damage for damages in found for damage in damages), step)
+        except DatasetError as refusal:
+            return refusal
+        self.isolated(new, step)
+        return None
+
+    def _arrange_buckets(self, batch: Batch) -> None:
+        """Let DistributedDataParallel put gradients together as it will in every step of an attempt.
+
+        It does so anew after its first backward passes. What travels together decides in which order the
+        gradients of three or more ranks are added, and so a run that goes on would add those of its
+        first steps in another order than the run that was never interrupted.
+        """
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return
+        self.model.train()
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        self._upload.arrive(batch)
+        images, labels = self._images(batch, list(self._parts(batch))[-1])
+        for _ in range(2):  # of a static graph it learns the order in the second pass only
+            with autocast(self._device, self._config.training.precision), peers_may_fail():
+                logits = self._network(images)
+            with peers_may_fail():
+                self._loss(logits, labels).total.sum().backward()  # type: ignore[no-untyped-call]
+            self.optimizer.zero_grad()
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
         """Gradients of this rank's part; returns the sums of loss, cross-entropy and Dice, (3,).
@@ -262,13 +324,25 @@ class Trainer:
             logits = self._network(images)
         with phase("loss"):
             losses = self._loss(logits, labels)
-        # Samples that only fill up the batch have no weight, but keep the graph and the shapes.
-        counts = torch.arange(part.start, part.stop, device=self._device) < batch.count
+        counts = self._counts(batch, part)
         scale = self._scale / batch.whole.count
         with phase("backward"), peers_may_fail():
             ((losses.total * counts).sum() * scale).backward()  # type: ignore[no-untyped-call]
         parts = torch.stack([losses.total, losses.cross_entropy, losses.dice])
         return (parts.detach() * counts).sum(1)
+
+    def _counts(self, batch: Batch, part: slice) -> torch.Tensor:
+        """Which samples count, bool (samples of the part,).
+
+        Those that only fill up the batch and those that are damaged have no weight, but keep the graph,
+        the shapes and, in the loss, the denominators.
+        """
+        places = range(part.start, part.stop)
+        counts = torch.arange(part.start, part.stop, device=self._device) < batch.count
+        if batch.left_out.isdisjoint(places):
+            return counts
+        there = [place not in batch.left_out for place in places]
+        return counts & torch.tensor(there, device=self._device)
 
     def _images(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.whole is not None
@@ -377,7 +451,7 @@ def _wrap(model: nn.Module, ranks: Ranks, device: torch.device, how: _Exchange) 
     if ranks.world.size == 1:
         return model
     keep: dict[str, Any] = {_SYNC_BUFFERS: False}
-    with peers_may_fail():
+    with phase(WAITING), peers_may_fail():
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,

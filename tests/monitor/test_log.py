@@ -72,7 +72,7 @@ def test_a_full_disk_is_said_once_and_ends_nothing(
     logger.info("one")
     logger.info("two")
     shown = capsys.readouterr().err
-    assert shown.count("is not whole: No space left on device") == 1
+    assert shown.count("cannot be written: No space left on device") == 1
     assert "two" in shown
 
 
@@ -83,7 +83,7 @@ def test_a_log_that_cannot_be_opened_ends_nothing(
     configure_log(0, tmp_path / "log" / "rank-0.log")
     logger.info("on we go")
     shown = capsys.readouterr().err
-    assert shown.count("is not whole") == 1
+    assert shown.count("cannot be written") == 1
     assert "on we go" in shown
 
 

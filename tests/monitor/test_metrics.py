@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -101,30 +100,28 @@ def test_a_file_larger_than_the_buffers(tmp_path: Path) -> None:
     assert read(path) == list(range(2501))
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_to_the_end_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.symlink_to("/dev/full")
-    with MetricsLog(path) as log, pytest.raises(StorageError, match="No space left"):
+    log = MetricsLog(path)
+    log.append({"step": 1})  # kept
+    with pytest.raises(StorageError, match="No space left"):
+        log.close()
+
+
+def test_the_first_error_counts_and_the_second_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    with pytest.raises(ZeroDivisionError), MetricsLog(path) as log:
+        log.append({"step": 1 // 0})
+    with pytest.raises(KeyError), MetricsLog(path) as log:
         log.append({"step": 1})
+        raise KeyError
+    assert "No space left" in caplog.text
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(NotWritable, match=r"cannot write .*metrics.jsonl"):
         MetricsLog(tmp_path / "missing" / "metrics.jsonl")
-
-
-def test_a_short_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-
-    class Nearly:
-        """A disk that takes three bytes at a time."""
-
-        def write(self, content: memoryview) -> int:
-            return os.write(descriptor, content[:3])
-
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-    monkeypatch.setattr(log, "_file", Nearly())
-    log.append({"step": 12345})
-    os.close(descriptor)
-    assert read(path) == [12345]

@@ -14,6 +14,7 @@ from agrivision.errors import BadInput
 from launch.cluster import Cluster, ClusterOptions
 from launch.cluster_files import find_address, find_programs
 from tests.slurm.jobs import tidy
+from tests.slurm.runs import Fault, References, Run
 
 HERE = Path(__file__).parent
 
@@ -82,10 +83,40 @@ def cluster(clusters: Clusters) -> Cluster:
     return clusters(CONFIGURATIONS["default"])
 
 
-@pytest.fixture(params=CONFIGURATIONS)
+@pytest.fixture
 def every_cluster(request: pytest.FixtureRequest, clusters: Clusters) -> Cluster:
-    """The test runs on each configuration: default, user-signal, no-requeue."""
+    """The test runs on each configuration that its rows name; on all where they name none."""
     return clusters(CONFIGURATIONS[request.param])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "every_cluster" not in metafunc.fixturenames:
+        return
+    rows = list(metafunc.definition.iter_markers("row"))
+    names = dict.fromkeys(name for row in rows for name in row.args[1:])
+    # Of a row, the first cluster is enough for the plain suite; the others take as long again.
+    more = [pytest.mark.faults] if rows else []
+    params = [
+        pytest.param(name, marks=more if place else [])
+        for place, name in enumerate(names or CONFIGURATIONS)
+    ]
+    metafunc.parametrize("every_cluster", params, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def references(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
+    """Runs of `dataset` that nothing disturbs."""
+    return References(dataset, tmp_path_factory.mktemp("references"))
+
+
+@pytest.fixture
+def stopwatch(record_property: Callable[[str, object], None]) -> Iterator[Callable[[Run], None]]:
+    """To be called with a run right before the fault; what that cost becomes figures of the test."""
+    faults: list[Fault] = []
+    yield lambda run: faults.append(Fault.now(run))
+    for fault in faults:
+        for name, value in fault.cost().items():
+            record_property(name, value)
 
 
 @pytest.fixture(autouse=True)

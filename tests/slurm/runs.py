@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from agrivision import checkpoint
+from agrivision.errors import ExitCode
+from agrivision.rundir import checkpoint_step
 from launch.cluster import Cluster
 from launch.jobdir import Attempt, JobDirectory
 from tests import ranks
@@ -28,6 +35,7 @@ CHEAP = {
     "monitor__images": 0,
     "monitor__log_every_steps": 1,
 }
+SLOW = 0.2  # seconds a step: time to disturb it
 
 
 def environment(**hooks: float) -> dict[str, str]:
@@ -35,9 +43,15 @@ def environment(**hooks: float) -> dict[str, str]:
     words = ",".join(f"{name}={value}" for name, value in hooks.items())
     return {
         "AGRIVISION_BATCH_PYTHON": sys.executable,
-        "AGRIVISION_SITE_SH": "/dev/null",
+        "AGRIVISION_SITE_SH": "/nowhere/site.sh",
         "AGRIVISION_PYTHON": f"{sys.executable} {HOOKS} {words}" if words else sys.executable,
     }
+
+
+def hook(monkeypatch: pytest.MonkeyPatch, **hooks: float) -> None:
+    """Disturb the ranks of the jobs that are submitted from now on."""
+    for name, value in environment(**hooks).items():
+        monkeypatch.setenv(name, value)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,11 @@ class Run:
         return self.job.attempts()
 
     @property
+    def decisions(self) -> list[str]:
+        """What followed each attempt."""
+        return [attempt.decision for attempt in self.attempts]
+
+    @property
     def log(self) -> str:
         return jobs.log(self.cluster, self.number)
 
@@ -76,8 +95,16 @@ class Run:
         return [row["step"] for row in _rows(self.path / "metrics.jsonl") if row["kind"] == "training"]
 
     def reach(self, step: int, seconds: float = 120) -> None:
-        """Wait until a step is done."""
-        self.wait(lambda: self.steps[-1:] >= [step], seconds, f"step {step}")
+        """Wait until a step is done; a job that has ended before fails the test at once."""
+
+        def reached() -> bool:
+            if self.steps[-1:] >= [step]:
+                return True
+            now = jobs.state(self.cluster, self.number)
+            assert now not in jobs.ENDED, f"{now} before step {step}: {self.log}"
+            return False
+
+        self.wait(reached, seconds, f"step {step}")
 
     def wait(self, condition: Any, seconds: float, what: str) -> Any:
         """Poll until a condition holds; a failure shows the job's log."""
@@ -93,6 +120,86 @@ class Run:
         assert_same(self.path, reference)
         for entry in checkpoint.entries(self.path / "checkpoints"):
             checkpoint.load(entry.folder)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A moment at which something was done to a run.
+
+    Attributes:
+        run: what it was done to.
+        time: seconds since 1970.
+        step: that had been done by then.
+    """
+
+    run: Run
+    time: float
+    step: int
+
+    @classmethod
+    def now(cls, run: Run) -> Fault:
+        """It is about to be done."""
+        return cls(run, time.time(), max(run.steps, default=0))
+
+    def cost(self) -> dict[str, float]:
+        """Seconds until a checkpoint was saved because of it, steps repeated, seconds lost.
+
+        Lost is the time until a later attempt had done the step at which training was, or the one after
+        it, where nothing had to be repeated. What did not happen is left out.
+        """
+        before = [attempt for attempt in self.run.attempts if attempt.began <= self.time][-1:]
+        after = [attempt for attempt in self.run.attempts if attempt.began > self.time][:1]
+        found: dict[str, float] = {}
+        for attempt in before:
+            folders = checkpoint.folders(self.run.path / "checkpoints")
+            saved = [folder for folder in folders if checkpoint_step(folder) == attempt.to_step]
+            if attempt.code == ExitCode.STOPPED and saved:
+                found["seconds to save"] = round(saved[0].stat().st_mtime - self.time, 2)
+        for attempt in after:
+            begin = attempt.from_step or 0
+            reached = max([self.step, *(each.to_step or 0 for each in before)])
+            found["steps repeated"] = reached - begin
+            done = self._times().get(max(reached, begin + 1))
+            if done is not None:
+                found["seconds lost"] = round(done - self.time, 1)
+        return found
+
+    def _times(self) -> dict[int, float]:
+        """When each step was done, by the attempt whose work stands."""
+        events = EventAccumulator(str(self.run.path / "tensorboard"), size_guidance={"scalars": 0})
+        return {event.step: event.wall_time for event in events.Reload().Scalars("loss/total")}
+
+
+def rank_pids(run: Run) -> dict[int, int]:
+    """The processes of a run's ranks, by rank."""
+    # srun's own command line ends with the same words, and its environment names no rank.
+    pids = processes(run, "agrivision", "train")
+    found = {rank_of(pid): pid for pid in pids}
+    return {rank: found[rank] for rank in sorted(found) if rank >= 0}
+
+
+def processes(run: Run, *words: str) -> list[int]:
+    """The processes whose command line names the run directory and the words."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            try:
+                command = set((process / "cmdline").read_bytes().split(b"\0"))
+            except OSError:
+                continue
+            if {os.fsencode(word) for word in (run.path, *words)} <= command:
+                found.append(int(process.name))
+    return found
+
+
+def rank_of(pid: int) -> int:
+    """The rank that a process of a step is; -1 for any other process."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return -1
+    found = [int(each.partition(b"=")[2]) for each in variables if each.startswith(b"SLURM_PROCID=")]
+    return found[0] if found and any(each.startswith(b"SLURM_STEP_ID=") for each in variables) else -1
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

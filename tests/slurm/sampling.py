@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-_CHOICE = pytest.StashKey[str]()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sampling")
@@ -23,25 +21,33 @@ def _at_least_one(text: str) -> int:
     return count
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.sample_seed is None:
+        # Here and not when the tests are known: pytest-xdist's workers take over the options.
+        config.option.sample_seed = random.SystemRandom().randrange(2**32)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    count, seed = config.getoption("--sample"), config.getoption("--sample-seed")
+    return [] if count is None else [f"sample of {count}: --sample-seed {seed}"]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     yield  # what -m and -k leave out is out of the draw
     count = config.getoption("--sample")
     if count is None:
         return
-    seed = config.getoption("--sample-seed")
-    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    chosen = choose([item.nodeid for item in items], count, seed)
-    config.stash[_CHOICE] = f"sample of {len(chosen)} of {len(items)}, --sample-seed {seed}"
+    chosen = choose([item.nodeid for item in items], count, config.getoption("--sample-seed"))
     left_out = [item for item in items if item.nodeid not in chosen]
     items[:] = [item for item in items if item.nodeid in chosen]
     config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    if _CHOICE not in config.stash:
+    if config.getoption("--sample") is None:
         return []
-    return [config.stash[_CHOICE], *(f"  {item.nodeid}" for item in items)]
+    return [f"  {item.nodeid}" for item in items]
 
 
 def choose(names: list[str], count: int, seed: int) -> set[str]:

@@ -31,8 +31,10 @@ from tests.slurm.sampling import choose
 
 SMALL = ClusterOptions(nodes=1, cpus=1, gpus=0, any_interface=ANY_INTERFACE)
 SLEEPS = "exec sleep 600"
+# Another process of pytest may run the same tests at the same time.
+SECONDS = f"600.{os.getpid()}"
 # A process without a parent, a session or a variable that would tell whose it is.
-DAEMON = "(setsid env -i /bin/sleep 600 &)"
+DAEMON = f"(setsid env -i /bin/sleep {SECONDS} &)"
 
 
 def script(folder: Path, *lines: str) -> Path:
@@ -83,7 +85,7 @@ def sleepers() -> set[int]:
                 command = (process / "cmdline").read_bytes()
             except OSError:
                 continue
-            if command == b"/bin/sleep\x00600\x00":
+            if command == f"/bin/sleep\0{SECONDS}\0".encode():
                 found.add(int(process.name))
     return found
 
@@ -352,7 +354,7 @@ def test_a_sample_is_repeated_by_its_seed() -> None:
 @pytest.mark.faults
 def test_a_lost_node_requeues_its_job_and_keeps_its_processes(cluster: Cluster, tmp_path: Path) -> None:
     before = sleepers()
-    number = begin(cluster, tmp_path, "exec /bin/sleep 600", options=("--nodelist=n2",))
+    number = begin(cluster, tmp_path, f"exec /bin/sleep {SECONDS}", options=("--nodelist=n2",))
     (rank,) = wait_for(lambda: sleepers() - before, 30, "it sleeps")
     cluster.kill_node("n2")
     wait_for(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from launch.cluster import Cluster
 from launch.jobdir import JobDirectory
 from tests.ranks import run
 from tests.slurm.jobs import job, preempt, wait_for, wait_for_end
+from tests.slurm.runs import Run
 from tests.training.runs import arguments, assert_same
 
 SECONDS = 150
@@ -24,6 +25,11 @@ ODD = "a b;$(touch HACK) 'q\"`touch HACK`#&*"
 @pytest.fixture
 def here(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to launch from, in which another checkout lies that must never run."""
+    return enter(cluster, tmp_path, monkeypatch)
+
+
+def enter(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go to such a folder, as somebody who has logged in to this cluster."""
     folder = tmp_path / "here"
     for package in ("agrivision", "launch", "submitit"):
         (folder / package).mkdir(parents=True)
@@ -91,6 +97,7 @@ def test_a_launched_run_is_the_run_on_this_machine(
 
 
 @pytest.mark.faults
+@pytest.mark.row(15)
 def test_cancelled_it_stays_so_until_somebody_resumes_it(
     cluster: Cluster,
     here: Path,
@@ -147,9 +154,16 @@ def test_a_sweep_is_one_array(
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
+@pytest.mark.row(19)
 def test_of_a_sweep_only_the_element_that_is_preempted_is_requeued(
-    cluster: Cluster, here: Path, dataset: Path, tmp_path: Path
+    every_cluster: Cluster,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopwatch: Callable[[Run], None],
 ) -> None:
+    cluster = every_cluster
+    enter(cluster, tmp_path, monkeypatch)
     out, table, reference = tmp_path / "sweep", tmp_path / "table.json", tmp_path / "reference"
     longer = {"training__epochs": 60, "training__evaluate_every_epochs": 0}
     shared = [word for word in train(dataset, out, **longer) if word not in ("--run_dir", str(out))]
@@ -163,6 +177,7 @@ def test_of_a_sweep_only_the_element_that_is_preempted_is_requeued(
     wait_for(
         victim.latest_step, SECONDS, "a checkpoint of the third", cluster=cluster, number=numbers[2]
     )
+    stopwatch(Run(cluster, elements[2], numbers[2]))
     preempt(cluster, numbers[2])
     ends = [wait_for_end(cluster, number, 3 * SECONDS) for number in numbers]
     assert [(end["JobState"], end["Restarts"]) for end in ends] == [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from agrivision.cli import main
 from launch.cluster import Cluster
 from launch.jobdir import JobDirectory
 from tests.slurm import jobs
-from tests.slurm.jobs import wait_for, wait_for_end, wait_for_state
-from tests.slurm.runs import SCRIPTS, References, environment, submit
+from tests.slurm.hooks import MOMENTS, moment
+from tests.slurm.jobs import preempt, wait_for, wait_for_end, wait_for_state
+from tests.slurm.runs import SCRIPTS, References, environment, hook, submit
 from tests.training.runs import arguments
 
 
@@ -74,6 +76,43 @@ def test_predict_as_an_array(cluster: Cluster, fields: Path, trained: Path, tmp_
     number = script(cluster, tmp_path, "predict", *words, "--out", str(tmp_path / "array"))
     wait_for_array(cluster, number)
     assert files(tmp_path / "array") == files(tmp_path / "alone")
+
+
+@pytest.mark.faults
+@pytest.mark.row(37)
+def test_a_preempted_prediction_goes_on(
+    every_cluster: Cluster,
+    fields: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """One task of two has to make room: it predicts each of its batches once, in two attempts."""
+    words = ["--checkpoint", str(trained), str(fields), "--batch_size", "2"]
+    assert main(["predict", *words, "--out", str(tmp_path / "alone")]) == 0
+    hook(monkeypatch, batch=0.5)
+    moments = tmp_path / "moments"
+    moments.mkdir()
+    monkeypatch.setenv(MOMENTS, str(moments))
+    number = script(
+        every_cluster, tmp_path, "predict", *words, "--out", str(tmp_path / "array"),
+        options=["--array=0-1", "--partition=preempt", "--exclusive"],
+    )  # fmt: skip
+    victim = f"{number}_0"
+    begun = moments / moment("task 0 batch 3", restart=0)
+    wait_for(begun.exists, 60, "its third batch", cluster=every_cluster, number=victim)
+    before = time.monotonic()
+    preempt(every_cluster, victim)
+    again = moments / moment("task 0 batch 1", restart=1)
+    wait_for(again.exists, 60, "it goes on", cluster=every_cluster, number=victim)
+    record_property("seconds lost", round(time.monotonic() - before, 1))
+    wait_for_array(every_cluster, number)
+    assert files(tmp_path / "array") == files(tmp_path / "alone")
+    restarts = [jobs.job(every_cluster, f"{number}_{task}")["Restarts"] for task in range(2)]
+    assert restarts == ["1", "0"]
+    done = [len(list(moments.glob(f"task {task} batch *"))) for task in range(2)]
+    assert done == [12, 12]  # 48 tiles by two, in two parts: nothing is predicted twice
 
 
 @pytest.mark.faults

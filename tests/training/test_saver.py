@@ -338,13 +338,14 @@ def test_an_error_of_the_training_waits_for_a_good_save(tmp_path: Path, gate: Ga
     assert_same_states(load(tmp_path, 1).states, some(1))
 
 
-@pytest.mark.parametrize("looks", [1, 2])  # before anything is written; before it gets its name
+# Before others are set aside; before anything is written; before it gets its name.
+@pytest.mark.parametrize("looks", [1, 2, 3])
 def test_a_fence_that_falls_while_it_is_written(tmp_path: Path, looks: int) -> None:
     asked = []
 
     def allowed() -> None:
         asked.append(1)
-        if len(asked) == looks + 2:  # the first save asks twice
+        if len(asked) == looks + 3:  # the first save asks three times
             raise Superseded("it belongs to a later attempt now")
 
     saver = saver_in(tmp_path, allowed=allowed)
@@ -584,9 +585,8 @@ def save_two(rank: int, folder: Path, act: Callable[[Path], None]) -> None:
 def test_what_the_writer_meets_ends_all_ranks_soon(
     ranks: int, act: Callable[..., None], said: str, dataset: Path, tmp_path: Path
 ) -> None:
-    command = arguments(
-        dataset, tmp_path, **OPTIONS, training__evaluate_every_epochs=0, training__epochs=200
-    )
+    changes = {"training__epochs": 200, "training__save_patience_minutes": 0}
+    command = arguments(dataset, tmp_path, **OPTIONS, training__evaluate_every_epochs=0, **changes)
     hook = partial(save_two, folder=tmp_path, act=partial(act, step=6))
     endings = hear(command, ranks, hook=hook)
     assert [ending.code for ending in endings] == [ExitCode.FAILED] * ranks

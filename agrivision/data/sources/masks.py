@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,17 @@ Mask = NDArray[np.bool_] | bool  # (height, width), or what holds for every pixe
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN = {b"IHDR", b"IDAT", b"IEND"}
+_METADATA = 1 << 20  # bytes of a mask besides its pixels: text, a colour profile
+NOT_WHOLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    imagecodecs.PngError,
+    Pillow.DecompressionBombError,
+)
 _KNOWN = 16  # uniform masks to remember; one encoder writes two
 
 
@@ -39,13 +51,19 @@ class MaskReader:
     size: tuple[int, int]
     _uniform: dict[bytes, bool] = field(default_factory=dict)  # by the content of whole, checked files
 
+    @property
+    def _most(self) -> int:
+        """Bytes that a mask may have: two a pixel, uncompressed, and one a row."""
+        height, width = self.size
+        return height * (2 * width + 1) + _METADATA
+
     def read(self, path: Path | str) -> Mask:
         """Where a PNG of one band is above 0.
 
         Raises:
             Flaw: it cannot be read, is damaged, or has another size or more bands.
         """
-        content = content_of(path)
+        content = content_of(path, most=self._most)
         known = self._uniform.get(content)
         if known is not None:
             return known
@@ -59,28 +77,34 @@ class MaskReader:
 
     def _decode(self, path: Path | str, content: bytes) -> NDArray[np.bool_]:
         try:
-            decode = _fast if _is_plain(content, _chunks(content)) else _any
+            decode = _fast if _is_plain(content, png_chunks(content)) else _any
             pixels = decode(content, self.size)
         except DatasetError as error:
             raise Flaw(path, "wrong size", str(error)) from None
-        except (OSError, SyntaxError, ValueError, imagecodecs.PngError) as error:
+        except NOT_WHOLE as error:
             raise Flaw(path, "unreadable", f"not a whole PNG ({error})") from None
         return np.greater(pixels, 0)
 
 
 def _fast(content: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Pixels of a plain grey PNG: libpng alone takes half of the time that Pillow does."""
-    height, width = int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
-    _check_shape((height, width, 1), size)
+    _check_shape((*_size_of(content), 1), size)
     pixels: NDArray[np.uint8] = imagecodecs.png_decode(content)
     return pixels
 
 
 def _any(content: bytes, size: tuple[int, int]) -> NDArray[Any]:
     """Pixels of a PNG of any kind; of one with a palette the indexes."""
+    if _size_of(content) != size:
+        _check_shape((*_size_of(content), 1), size)
     with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
         _check_shape((image.height, image.width, len(image.getbands())), size)
         return np.asarray(image)
+
+
+def _size_of(content: bytes) -> tuple[int, int]:
+    """Height and width of a PNG that begins as `png_chunks` wants it."""
+    return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
 
 
 def _check_shape(shape: tuple[int, int, int], size: tuple[int, int]) -> None:
@@ -90,17 +114,15 @@ def _check_shape(shape: tuple[int, int, int], size: tuple[int, int]) -> None:
 
 def _is_plain(content: bytes, chunks: Sequence[bytes]) -> bool:
     """Grey, 8 bits, not interlaced, and with nothing in it that could change the pixels."""
-    if chunks[0] != b"IHDR" or len(content) <= 28:
-        return False
     depth, colour, interlace = content[24], content[25], content[28]
     return (depth, colour, interlace) == (8, 0, 0) and set(chunks) <= _PLAIN
 
 
-def _chunks(content: bytes) -> list[bytes]:
+def png_chunks(content: bytes) -> list[bytes]:
     """Kinds of the chunks; compares the checksum of each, since Pillow takes pixels as they come.
 
     Raises:
-        ValueError: it is not a PNG, is damaged, or ends early.
+        ValueError: it is not a PNG, is damaged, ends early, or has another header than the first.
     """
     if not content.startswith(_PNG):
         raise ValueError("its first bytes are not those of a PNG")
@@ -114,4 +136,6 @@ def _chunks(content: bytes) -> list[bytes]:
             raise ValueError("it is damaged: a checksum differs")
         start = end + 4
         kinds.append(kind)
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or int.from_bytes(content[8:12], "big") != 13:
+        raise ValueError("it does not have one header at its beginning")
     return kinds

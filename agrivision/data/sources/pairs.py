@@ -8,22 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from agrivision.data.sources.guard import ALLOW_VRT, DRIVERS, VRT, is_no_path, is_raster
 from agrivision.data.sources.source import UNDIVIDED, Problem
 from agrivision.data.tile import safe_name
 from agrivision.errors import SourceError
 
-# One driver a suffix, so that no file can choose another one. VRT is not among them: it may point to
-# other files and to the network.
-DRIVERS = {
-    ".tif": "GTiff",
-    ".tiff": "GTiff",
-    ".jp2": "JP2OpenJPEG",
-    ".img": "HFA",
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-}
-_REFUSED = (".vrt",)
+_MOST_BYTES = 64 << 20  # of a table: hundreds of thousands of pairs
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -44,20 +34,21 @@ class Pair:
     split: str = UNDIVIDED
 
 
-def find_pairs(path: Path) -> tuple[list[Pair], list[Problem]] | None:
+def find_pairs(path: Path, *, allow_vrt: bool = False) -> tuple[list[Pair], list[Problem]] | None:
     """Scenes with their labels, ordered by name, and what has no partner; None for another source.
 
     Args:
         path: a folder with `scenes/` and `labels/`, or a CSV file with the columns scene, label and,
             if wanted, split; its paths are relative to it.
+        allow_vrt: take VRTs, too.
 
     Raises:
         SourceError: the table cannot be read, or two scenes have the same name.
     """
     if path.is_file() and path.suffix.lower() == ".csv":
-        pairs, problems = _from_table(path)
+        pairs, problems = _from_table(path, allow_vrt)
     elif (path / "scenes").is_dir() and (path / "labels").is_dir():
-        pairs, problems = _from_folders(path / "scenes", path / "labels")
+        pairs, problems = _from_folders(path / "scenes", path / "labels", allow_vrt)
     else:
         return None
     return sorted(_distinct(pairs), key=lambda pair: pair.name), problems
@@ -75,9 +66,9 @@ def _distinct(pairs: list[Pair]) -> list[Pair]:
     return pairs
 
 
-def _from_folders(scenes: Path, labels: Path) -> tuple[list[Pair], list[Problem]]:
-    scene_files, problems = _rasters(scenes)
-    label_files, more = _rasters(labels)
+def _from_folders(scenes: Path, labels: Path, allow_vrt: bool) -> tuple[list[Pair], list[Problem]]:
+    scene_files, problems = _rasters(scenes, allow_vrt)
+    label_files, more = _rasters(labels, allow_vrt)
     problems += more
     for stem in sorted(scene_files.keys() ^ label_files.keys()):
         there, lacking = (scene_files, "label") if stem in scene_files else (label_files, "scene")
@@ -91,28 +82,33 @@ def _from_folders(scenes: Path, labels: Path) -> tuple[list[Pair], list[Problem]
     return pairs, problems
 
 
-def _rasters(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
+def _rasters(folder: Path, allow_vrt: bool) -> tuple[dict[str, Path], list[Problem]]:
     files: dict[str, Path] = {}
     problems = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_file():
             continue
-        if path.suffix.lower() in _REFUSED:
-            problems.append(_refusal(path))
-        elif path.suffix.lower() in DRIVERS:
+        if is_raster(path, allow_vrt=allow_vrt):
             if path.stem in files:
                 raise SourceError(f"{files[path.stem]} and {path} have the same name: rename one")
             files[path.stem] = path
+        elif path.suffix.lower() == VRT:
+            problems.append(_refusal(path))
     return files, problems
 
 
 def _refusal(path: Path) -> Problem:
+    if path.suffix.lower() == VRT:
+        return Problem(str(path), "format", f"a VRT may lead to other files: left out; {ALLOW_VRT}")
     formats = ", ".join(suffix.lstrip(".") for suffix in DRIVERS)
     return Problem(str(path), "format", f"not one of the formats {formats}: left out")
 
 
-def _from_table(table: Path) -> tuple[list[Pair], list[Problem]]:
+def _from_table(table: Path, allow_vrt: bool) -> tuple[list[Pair], list[Problem]]:
     try:
+        size = table.stat().st_size
+        if size > _MOST_BYTES:
+            raise SourceError(f"{table} has {size} bytes: a table of pairs has {_MOST_BYTES} at most")
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, skipinitialspace=True))
     except (OSError, UnicodeError, csv.Error) as error:
@@ -124,7 +120,10 @@ def _from_table(table: Path) -> tuple[list[Pair], list[Problem]]:
     pairs, problems = [], []
     for line, row in enumerate(rows, 2):
         pair = _pair(table, line, row)
-        found_problems = [*_not_usable(pair.scene), *_not_usable(pair.label)]
+        found_problems = [
+            *_not_usable(pair.scene, allow_vrt),
+            *_not_usable(pair.label, allow_vrt),
+        ]
         problems += found_problems
         if not found_problems:
             pairs.append(pair)
@@ -136,7 +135,7 @@ def _from_table(table: Path) -> tuple[list[Pair], list[Problem]]:
 def _pair(table: Path, line: int, row: Mapping[str, str | None]) -> Pair:
     scene, label, split = ((row.get(name) or "").strip() for name in ("scene", "label", "split"))
     for value in (scene, label):
-        if not value or "://" in value or value.startswith("/vsi"):
+        if is_no_path(value):
             raise SourceError(f"{table}, line {line}: {value!r} is not the path of a file")
     if split and not _SPLIT_NAME.fullmatch(split):
         raise SourceError(
@@ -150,9 +149,11 @@ def _pair(table: Path, line: int, row: Mapping[str, str | None]) -> Pair:
     )
 
 
-def _not_usable(path: Path) -> list[Problem]:
-    if path.suffix.lower() not in DRIVERS:
+def _not_usable(path: Path, allow_vrt: bool) -> list[Problem]:
+    if not is_raster(path, allow_vrt=allow_vrt):
         return [_refusal(path)]
-    if not path.is_file():
-        return [Problem(str(path), "unpaired", "missing: the scene is left out")]
-    return []
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long for any file
+        there = False
+    return [] if there else [Problem(str(path), "unpaired", "missing: the scene is left out")]

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from agrivision.data.labels import VALID_BIT, Labels
 from agrivision.data.parts import coordinates_of, encode_tiff, geodata
 from agrivision.data.schema import Part
-from agrivision.data.sources.pairs import DRIVERS, Pair
+from agrivision.data.sources.guard import DRIVERS, VRT, check, check_tags, files_of
+from agrivision.data.sources.header import check_header
+from agrivision.data.sources.pairs import Pair
 from agrivision.data.sources.source import Flaw, Read, Reference, Window
 from agrivision.data.tile import Coordinates, Tile
 
@@ -50,7 +52,7 @@ class RasterReader:
     def files(self, reference: Reference) -> list[Path]:
         """See TileReader."""
         pair = self.pairs[reference.group]
-        return [pair.scene, pair.label]
+        return [*files_of(pair.scene), *files_of(pair.label)]
 
     @contextmanager
     def reading(self) -> Iterator[Read]:
@@ -142,11 +144,15 @@ def opened(path: Path) -> Iterator[Any]:
     """Open a raster with the one driver that its suffix stands for.
 
     Raises:
-        Flaw: it cannot be opened.
+        Flaw: it cannot be opened, or could make GDAL open something else.
     """
     rasterio = geodata()
-    driver = DRIVERS[path.suffix.lower()]
+    check(path)
+    suffix = path.suffix.lower()
+    driver = "VRT" if suffix == VRT else DRIVERS[suffix]
     with attempt(path, lambda: rasterio.open(path.absolute(), driver=driver)) as dataset:
+        check_tags(path, dataset)
+        check_header(path, dataset)
         yield dataset
 
 

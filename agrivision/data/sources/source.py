@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,9 +13,11 @@ from typing import NamedTuple, Protocol
 
 from agrivision.data.schema import Part
 from agrivision.data.tile import Tile
-from agrivision.errors import SourceError
+from agrivision.errors import SourceError, one_line
 
 Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, ends excluded
+
+_MOST_BYTES = 1 << 30  # of an image file of one tile; larger ones are scenes, read window by window
 
 UNDIVIDED = ""  # name of the only split of a source that has none of its own
 
@@ -44,25 +47,36 @@ class Flaw(Exception):
     """
 
     def __init__(self, path: Path | str, kind: str, what: str) -> None:
+        what = one_line(what)
         super().__init__(f"{path}: {what}")
         self.problem = Problem(str(path), kind, f"{what}: left out")
 
 
-def content_of(path: Path | str) -> bytes:
+def content_of(path: Path | str, most: int = _MOST_BYTES) -> bytes:
     """What is in a small file of a tile.
 
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
     Raises:
-        Flaw: it cannot be read.
+        Flaw: it cannot be read, is no file, or is larger.
     """
     try:
-        # A tile is many files, and a file object costs as much as all of these together.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A tile is many files, and a file object costs as much as all of these together. A pipe
+        # without a writer would keep us waiting for good.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            size = os.fstat(descriptor).st_size
-            content = os.read(descriptor, size)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise Flaw(path, "unreadable", "is no file")
+            if status.st_size > most:
+                what = f"has {status.st_size} bytes where {most} are the most"
+                raise Flaw(path, "unreadable", what)
+            content = os.read(descriptor, status.st_size)
         finally:
             os.close(descriptor)
-        return content if len(content) == size else Path(path).read_bytes()
+        return content if len(content) == status.st_size else Path(path).read_bytes()
     except OSError as error:
         raise Flaw(path, "unreadable", f"cannot be read ({error.strerror})") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from agrivision.data.labels import MAX_CLASSES
+from agrivision.data.schema import DTYPES
 from agrivision.data.sources.pairs import Pair, find_pairs
 from agrivision.data.sources.rasters import (
     RasterReader,
@@ -26,8 +27,8 @@ from agrivision.data.sources.source import Flaw, Problem, Reference, Source
 from agrivision.data.tile import window_key
 from agrivision.errors import SourceError
 
-_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 _USUAL_BANDS = {3: ("red", "green", "blue"), 4: ("red", "green", "blue", "nir")}
+_MOST_VALUE = 2**53  # of a label raster: whole numbers that a float holds exactly
 _SHIFT = 0.01  # pixels that the corners of a label raster may be off: rounded coordinates
 
 
@@ -83,6 +84,7 @@ def open_rasters(
     classes: Sequence[tuple[int, str]] | None,
     bands: Sequence[str] | None,
     ignore: int | None,
+    allow_vrt: bool = False,
 ) -> Source | None:
     """Look through scenes and labels.
 
@@ -93,6 +95,7 @@ def open_rasters(
         classes: value and name by class id; None finds the values in the label rasters.
         bands: names of the bands; None takes the descriptions in the files, or the usual ones.
         ignore: value in the label rasters that does not count.
+        allow_vrt: take VRTs whose sources are plain files.
 
     Returns:
         What is there, or None if this is another kind of source.
@@ -100,7 +103,7 @@ def open_rasters(
     Raises:
         SourceError: the scenes do not go together, or the classes cannot be told.
     """
-    found = find_pairs(path)
+    found = find_pairs(path, allow_vrt=allow_vrt)
     if found is None:
         return None
     pairs, problems = found
@@ -156,9 +159,9 @@ def _references(scenes: list[Scene], tile: int, stride: int) -> dict[str, list[R
 
 def _look(pair: Pair, ignore: int | None, *, named: bool) -> Scene:
     with opened(pair.scene) as scene, opened(pair.label) as label:
-        if len(set(scene.dtypes)) > 1 or scene.dtypes[0] not in _DTYPES:
+        if len(set(scene.dtypes)) > 1 or scene.dtypes[0] not in DTYPES:
             types = ", ".join(dict.fromkeys(scene.dtypes))
-            raise SourceError(f"{pair.scene} holds {types}: one of {', '.join(_DTYPES)} is needed")
+            raise SourceError(f"{pair.scene} holds {types}: one of {', '.join(DTYPES)} is needed")
         _check_grids(pair, scene, label)
         return Scene(
             pair=pair,
@@ -189,7 +192,7 @@ def _check_grids(pair: Pair, scene: Any, label: Any) -> None:
     width, height = scene.width, scene.height
     for corner in ((0, 0), (width, 0), (0, height)):
         x, y = _apply(~scene.transform, *_apply(label.transform, *corner))
-        if max(abs(x - corner[0]), abs(y - corner[1])) > _SHIFT:
+        if not max(abs(x - corner[0]), abs(y - corner[1])) <= _SHIFT:  # nor where they are no numbers
             raise Flaw(pair.label, "coordinates", "not on the grid of its scene")
 
 
@@ -233,7 +236,7 @@ def _values(path: Path, label: Any, ignore: int | None) -> Counter[float]:
         counts.update(dict(zip(found.tolist(), pixels.tolist(), strict=True)))
         if len(counts) > 1 << 16:
             raise Flaw(path, "labels", "holds more than 65,536 different values")
-    if any(not float(value).is_integer() for value in counts):
+    if any(not float(value).is_integer() or abs(value) > _MOST_VALUE for value in counts):
         raise Flaw(path, "labels", "holds values that are not whole numbers")
     return counts
 
