@@ -5,10 +5,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.agrivision-installed
 BENCH_STAMP := $(VENV)/.agrivision-bench-installed
+FUZZ_STAMP := $(VENV)/.agrivision-fuzz-installed
 BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults storm cluster cluster-stop bench check clean
+.PHONY: help install demo test test-faults storm fuzz cluster cluster-stop bench check audit clean
 
 help:  ## this list
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -49,6 +50,16 @@ cluster: $(STAMP)  ## a real Slurm on this machine, with four invented nodes; pr
 cluster-stop: $(STAMP)  ## end it, and all of its jobs
 	@$(BIN)/python -m launch.cluster stop
 
+fuzz: $(FUZZ_STAMP)  ## bad input for every reader; INPUTS=100000 each, ENGINE=hypothesis or atheris, TARGET="index jpeg"
+	$(BIN)/python -m tests.fuzz.campaign --inputs $(or $(INPUTS),100000) --engine $(or $(ENGINE),both) \
+		$(foreach target,$(TARGET),--target $(target)) $(if $(SEED),--seed $(SEED))
+
+# Where there is no atheris for this Python or machine, the campaign says so and goes on with hypothesis.
+$(FUZZ_STAMP): $(STAMP)
+	@echo "installing the fuzzer into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -e '.[fuzz]' || echo "not installed: atheris is left out"
+	@touch $@
+
 bench: $(BENCH_STAMP)  ## every claim about speed beside its peers; BENCH="loading order" chooses, QUICK=1 only tries
 	@for script in $(BENCH); do \
 		echo "benchmarks.$$script"; \
@@ -60,12 +71,16 @@ $(BENCH_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet -e '.[bench]'
 	@touch $@
 
-check: $(STAMP)  ## style, types and the direction of imports
+check: $(STAMP)  ## style, types, the direction of imports, and what bandit finds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive agrivision launch
+
+audit: $(STAMP)  ## known vulnerabilities of what is installed; needs the network, and says so where there is none
+	@$(BIN)/python .ci/audit
 
 clean:  ## remove caches, builds and the demo's output; the virtual environment stays
-	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist demo-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find agrivision launch benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -85,7 +85,8 @@ class _Signals:
         # Mostly Slurm has told the ranks itself, who hear it twice then; but with `--signal=B:…`, and
         # where somebody signals the batch side alone, nobody else does.
         if self.step is not None and self.step.poll() is None:
-            self.step.send_signal(number)
+            # At SIGTERM srun kills its tasks at once, without their grace; others it hands on.
+            self.step.send_signal(signal.SIGUSR1 if number == signal.SIGTERM else number)
 
 
 def run(job: JobDirectory, signals: _Signals | None = None) -> int:
@@ -161,6 +162,8 @@ class _Batch:
             "AGRIVISION_EARLIER_JOBS": " ".join(earlier),
             "AGRIVISION_SIGNAL_SECONDS": str(self._spec.signal_seconds),
         }
+        if self._signals.received:
+            return _STOPPED
         try:
             process = subprocess.Popen(
                 self._srun(), env=self._environment() | own, cwd=self._spec.cwd or None
@@ -168,8 +171,6 @@ class _Batch:
         except FileNotFoundError:
             raise BadInput("no srun on the PATH of the batch job") from None
         self._signals.step = process
-        for number in self._signals.received:  # before there was a step to tell
-            process.send_signal(number)
         code = process.wait()
         return judge(read_endings(endings), code, self._place.ranks)
 

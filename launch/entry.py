@@ -69,7 +69,7 @@ def become_frozen(folder: str, spec: str) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # until it listens; there are no ranks to tell yet
     command = [sys.executable, "-m", "launch.batch", "run", spec]
-    os.execve(sys.executable, command, with_code(f"{folder}/code", os.environ))  # noqa: S606
+    os.execve(sys.executable, command, with_code(f"{folder}/code", os.environ))  # noqa: S606  # words, no shell # nosec B606
 
 
 def with_code(code: str, environment: Mapping[str, str]) -> dict[str, str]:

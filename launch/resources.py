@@ -385,7 +385,7 @@ def read_site(file: Path) -> Site:
     """
     try:
         # Everything stays text: to YAML 1:30:00 is the number 5400.
-        content = yaml.load(read_own(file).decode(), Loader=yaml.BaseLoader)  # noqa: S506 - text only
+        content = yaml.load(read_own(file).decode(), Loader=yaml.BaseLoader)  # noqa: S506  # text only # nosec B506
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the site profile {file}: {error}") from None
     except yaml.YAMLError as error:

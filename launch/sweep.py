@@ -180,7 +180,7 @@ def split_values(key: str, text: str) -> list[str]:
     if not listed and "," not in text:
         return [text]
     try:
-        values = yaml.load(text if listed else f"[{text}]", Loader=yaml.BaseLoader)  # noqa: S506
+        values = yaml.load(text if listed else f"[{text}]", Loader=yaml.BaseLoader)  # noqa: S506  # text only # nosec B506
     except yaml.YAMLError:
         raise BadInput(f"--{key} is {text!r}: write several values as 1,2 or as a YAML list") from None
     if (

@@ -2,8 +2,8 @@
 
 As a plugin of pytest, `-p tests.faults_report`: `--rows 9,10` runs the tests of two rows, and
 `--faults-report FILE` appends a line of JSON for each test that has ended. As a program, `python -m
-tests.faults_report FILE` prints the second table of docs/reliability.md, with what the file says; `--write`
-puts it onto the page.
+tests.faults_report FILE` prints the second table of docs/reliability.md, with what the file says;
+`--write` puts it onto the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGE = TESTS.parent / "docs" / "reliability.md"
 ROWS = range(1, 39)
 CONFIGURATIONS = ("default", "user-signal", "no-requeue")
 _HEAD = ("| # | test | on | seen |", "| --- | --- | --- | --- |")
-_LINE = re.compile(r"\| (\d+) \| `([^`]+)` \| ([^|]*) \|(?: (.*) \|)?")
+_LINE = re.compile(r"\| (\d+) \| `(tests/[^`]+)` \| ([^|]*) \|(?: (.*) \|)?")
 _LOCAL = "ranks of this machine"
 
 # Tests and rows
@@ -184,7 +184,7 @@ def table(shown: Sequence[Shown], reports: Sequence[Mapping[str, Any]]) -> list[
 
 
 def seen(reports: Sequence[Mapping[str, Any]]) -> str:
-    """What came of a test: `9 of 9 passed, in 31 to 38 s; seconds to save 0.3 to 0.9`; empty for none."""
+    """What came of a test: `9 of 9 passed, in 31 to 38 s; seconds lost 8 to 12`; empty for none."""
     ran = [report for report in reports if report["outcome"] != "skipped"]
     if not ran:
         return ""

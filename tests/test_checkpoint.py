@@ -256,6 +256,7 @@ def save_and_die(folder: Path, moment: str, step: int) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
+@pytest.mark.row(7)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_leaves_the_old_and_tidy_removes_the_rest(tmp_path: Path, moment: str) -> None:
     save(tmp_path, some(1), step=1, epoch=0)
@@ -316,6 +317,7 @@ def assert_passed_over(pair: Path, path: Path, caplog: pytest.LogCaptureFixture 
         assert [str(path) in record.getMessage() for record in warnings] == [True]
 
 
+@pytest.mark.row(22)
 @settings(max_examples=100)
 @given(name=st.sampled_from(FILES), position=st.integers(0, 2**20), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_found_and_named(pair: Path, name: str, position: int, bit: int) -> None:
@@ -330,6 +332,7 @@ def test_a_flipped_bit_is_found_and_named(pair: Path, name: str, position: int, 
         path.write_bytes(whole)
 
 
+@pytest.mark.row(21)
 @settings(max_examples=40)
 @given(name=st.sampled_from(FILES), length=st.integers(0, 2**20))
 def test_a_cut_file_is_found_and_named(pair: Path, name: str, length: int) -> None:
@@ -352,6 +355,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.row(21)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_damage_makes_a_run_go_back_with_a_warning(
@@ -380,6 +384,54 @@ def test_a_manifest_of_another_version_is_named(tmp_path: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(content | {"digest": checkpoint._digest(content)}))
     with pytest.raises(CheckpointError, match="has format version 2; this program reads 1"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../step-000000001/model.safetensors",
+        "/model.safetensors",
+        "sub/model.safetensors",
+        "..",
+        ".hidden.json",
+        "model.pt",
+        "manifest.json",
+        "",
+    ],
+)
+def test_a_manifest_names_plain_files_only(pair: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(pair, folder)
+    path = folder / "step-000000002" / MANIFEST
+    content = json.loads(path.read_bytes())
+    content["files"][name] = content["files"].pop("model.safetensors")
+    del content["digest"]
+    path.write_text(json.dumps(content | {"digest": checkpoint._digest(content)}))
+    assert_passed_over(folder, path)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe"])
+def test_what_is_no_plain_file_is_not_read(pair: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(pair, folder)
+    path = folder / "step-000000002" / "model.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    if kind == "a link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(path)
+    assert_passed_over(folder, path)
+
+
+def test_a_size_is_compared_before_anything_is_read(pair: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(pair, folder)
+    path = folder / "step-000000002" / "model.safetensors"
+    os.truncate(path, 2**40)  # a hole: reading it would take all memory
+    assert_passed_over(folder, path)
+    manifest = path.with_name(MANIFEST)
+    os.truncate(manifest, 2**40)
+    assert_passed_over(folder, manifest)
 
 
 def test_nothing_whole_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
@@ -462,6 +514,43 @@ def test_tidy_keeps_what_it_must_and_no_more(
         assert steps(folder) == [f"step-{step:09d}" for step in sorted(kept)]
 
 
+def rot(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_tidy_removes_nothing_before_enough_was_read_and_found_whole(tmp_path: Path) -> None:
+    folders = [save(tmp_path, some(step), step=step, epoch=0) for step in range(1, 6)]
+    for folder in folders[1:]:
+        rot(folder)  # their manifests are as they were
+    tidy(tmp_path, 2, ())
+    assert len(steps(tmp_path)) == 5
+    newest = latest(tmp_path)
+    assert newest is not None and newest.step == 1
+
+
+def test_tidy_counts_those_that_are_whole(tmp_path: Path) -> None:
+    folders = [save(tmp_path, some(step), step=step, epoch=0) for step in range(1, 6)]
+    rot(folders[3])
+    tidy(tmp_path, 2, ())
+    assert steps(tmp_path) == [folder.name for folder in folders[2:]]
+
+
+def test_tidy_reads_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 6):
+        save(tmp_path, some(step), step=step, epoch=0)
+    read: list[str] = []
+    verify = checkpoint.verify
+    monkeypatch.setattr(
+        checkpoint, "verify", lambda folder: (read.append(folder.name), verify(folder))[1]
+    )
+    seen = {5: True}
+    for _ in range(2):
+        tidy(tmp_path, 2, (), seen)
+    assert read == ["step-000000004"]
+    assert seen == {4: True, 5: True}
+
+
 def test_tidy_removes_leftovers_and_nothing_of_the_users(tmp_path: Path) -> None:
     save(tmp_path, some(1), step=1, epoch=0)
     for name in (".step-000000002.7.part", ".step-000000001.7.gone", ".damaged-step-000000003.7.gone"):
@@ -497,6 +586,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.row(20)
 @pytest.mark.parametrize("leave", [0, 4096, 16 * 4096, 40 * 4096])
 def test_a_full_disk_leaves_the_older_checkpoint_whole(disk: Path, leave: int) -> None:
     folder = disk / "checkpoints"

@@ -53,6 +53,7 @@ def test_who_follows_whom(holder: World, taker: World, earlier: tuple[str, ...],
     assert owner(taker).follows(owner(holder), earlier) is follows
 
 
+@pytest.mark.row(12)
 def test_the_old_attempt_is_fenced_off(tmp_path: Path) -> None:
     old = Fence.raise_around(tmp_path / "attempt.json", owner(FIRST))
     old.check()
@@ -81,6 +82,7 @@ def test_a_file_that_says_nothing_ends_nobody(tmp_path: Path, content: str | Non
     fence.check()
 
 
+@pytest.mark.row(35)
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with run.held(FIRST) as first:

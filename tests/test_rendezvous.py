@@ -76,6 +76,8 @@ def meet(variables: dict[str, str], folder: Path, output: Connection) -> None:
         raise SystemExit(int(error.exit_code)) from None
 
 
+@pytest.mark.row(31)
+@pytest.mark.row(32)
 def test_names_that_do_not_resolve_and_a_port_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(socket.gaierror):
         socket.gethostbyname("n1.invalid")

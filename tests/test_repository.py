@@ -143,8 +143,8 @@ def test_make_help_names_every_target() -> None:
         text=True,
     ).stdout
     assert {line.split()[0] for line in shown.splitlines()[1:]} == {
-        "help", "install", "demo", "test", "test-faults", "storm", "cluster", "cluster-stop", "bench",
-        "check", "clean",
+        "help", "install", "demo", "test", "test-faults", "storm", "fuzz", "cluster", "cluster-stop",
+        "bench", "check", "audit", "clean",
     }  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def test_weights_of_an_encoder_are_never_unpickled(
         assert str(file) in refused(lambda config=config: build_model(config, 4, 3))
 
 
-@forms
+@pytest.mark.parametrize("form", [as_torch, as_yaml])
 @pytest.mark.parametrize("name", ["config.yaml", "provenance.json", "attempt.json", "metrics.jsonl"])
 def test_nor_what_else_stands_in_a_run(
     form: Callable[[Path], bytes], name: str, trained: Path, dataset: Path, tmp_path: Path, mark: Path
@@ -258,7 +258,7 @@ FORBIDDEN_CALLS = re.compile(
     r"|subprocess\.(getoutput|getstatusoutput)"
     r"|yaml\.(load|load_all|unsafe_load\w*|full_load\w*)"
     r"|tempfile\.mktemp"
-    r"|tarfile\.\w+|zipfile\.ZipFile\(.*\)\.extract\w*|shutil\.unpack_archive"
+    r"|tarfile\.(open|TarFile)|zipfile\.ZipFile\(.*\)\.extract\w*|shutil\.unpack_archive"
     r"|(\w+\.)*(broadcast|gather|all_gather|scatter|send|recv)_object\w*"  # these pickle
 )
 # Each with its reason.
@@ -323,7 +323,7 @@ def test_arrays_are_read_without_pickles() -> None:
             found += 1
             (allowed,) = [word.value for word in node.keywords if word.arg == "allow_pickle"]
             assert isinstance(allowed, ast.Constant) and allowed.value is False, path
-    assert found >= 2
+    assert found >= 1
 
 
 # What is written down.
@@ -452,3 +452,13 @@ def test_nor_one_in_a_configuration(tmp_path: Path, slurm: dict[str, str]) -> No
     for program in ("agrivision", "launch"):
         run([program, "train", "--config", str(config), "--run_dir", "run"], tmp_path, slurm, 2)
     assert holding(tmp_path) == ["folder/config.yaml"]
+
+
+def test_the_page_names_tests_that_are_there() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page))
+    assert len(named) >= 20
+    missing = [
+        (file, name) for file, name in named if f"\ndef {name}(" not in (ROOT / file).read_text()
+    ]
+    assert missing == []

@@ -20,7 +20,11 @@ MAX_CLASSES = VALID_BIT
 _VALID = np.uint16(1 << VALID_BIT)
 _LEVEL = 3  # zstd: higher levels save under 5 % on label images and cost much more time
 _BLOCK_HEADER, _REPEATED = 3, 1  # of zstd: bytes before a block, and the kind that is one byte
-_DESCRIPTOR, _CHECKSUM_FLAG, _CHECKSUM = 4, 4, 4  # where the flags are, which one, and bytes of a checksum
+_DESCRIPTOR, _CHECKSUM_FLAG, _CHECKSUM = (
+    4,
+    4,
+    4,
+)  # where the flags are, which one, and bytes of a checksum
 _local = threading.local()  # holds each thread's tools of zstd, which only one may use at a time
 
 Labels = NDArray[np.uint16]

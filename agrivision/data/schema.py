@@ -20,7 +20,9 @@ FILE_NAME = "dataset.json"
 FORMAT = "agrivision-dataset"
 VERSION = 1
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64")
-MAX_TILE = 1 << 14  # pixels of a side; no network takes that at once, and it bounds what memory is asked for
+MAX_TILE = (
+    1 << 14
+)  # pixels of a side; no network takes that at once, and it bounds what memory is asked for
 _MOST_TILE_BYTES = 1 << 32  # of a tile's pixels: an index has 32 bits for the size of a file
 _MOST_BYTES = 64 << 20  # of dataset.json: a quarter of a million shards
 _METADATA = 16 << 20  # bytes of a record besides pixels; a colour profile in a JPEG takes up to that
@@ -140,8 +142,8 @@ class Schema:
             raise DatasetError(f"the image files do not make up the bands {', '.join(self.bands)}")
         if self.tile > MAX_TILE or self.tile**2 * self._pixel_bytes >= _MOST_TILE_BYTES:
             raise DatasetError(
-                f"tiles of {self.tile} x {self.tile} pixels with {len(self.bands)} bands of {self.dtype}"
-                f" are too large: their sides are {MAX_TILE} pixels at most, their pixels below 4 GiB"
+                f"tiles of {self.tile} x {self.tile} pixels with {len(self.bands)} bands of"
+                f" {self.dtype} are too large: sides of {MAX_TILE} pixels at most, and below 4 GiB"
             )
 
     @property
@@ -228,6 +230,10 @@ class Schema:
             raise DatasetError(f"{path} is damaged: {type(error).__name__} {error}") from None
         if schema.fingerprint != content.get("fingerprint"):
             raise DatasetError(f"{path} was changed after it was written: its fingerprint differs")
+        try:
+            _check(schema)
+        except ValueError as error:
+            raise DatasetError(f"{path} is damaged: {error}") from None
         return schema
 
 
@@ -248,7 +254,7 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(cls: type[Schema], content: dict[str, Any]) -> Schema:
-    schema = cls(
+    return cls(
         source=label(content["source"]),
         bands=tuple(map(label, texts(content["bands"]))),
         dtype=_dtype(content["dtype"]),
@@ -261,13 +267,13 @@ def _parse(cls: type[Schema], content: dict[str, Any]) -> Schema:
         splits={name(key): _parse_split(split) for key, split in entries(content["splits"]).items()},
         statistics=_parse_statistics(content["statistics"]),
     )
-    _check(schema)
-    return schema
 
 
 def _dtype(value: Any) -> str:
     if value not in DTYPES:
-        raise ValueError(f"pixels of the type {label(value)!r}: one of {', '.join(DTYPES)} belongs here")
+        raise ValueError(
+            f"pixels of the type {label(value)!r}: one of {', '.join(DTYPES)} belongs here"
+        )
     return str(value)
 
 
@@ -305,7 +311,8 @@ def _parse_statistics(content: dict[str, Any]) -> BandStatistics:
         splits=tuple(map(name, texts(content["splits"]))),
         pixels=whole(content["pixels"]),
         **{
-            key: tuple(map(number, items(content[key]))) for key in ("mean", "std", "minimum", "maximum")
+            key: tuple(map(number, items(content[key])))
+            for key in ("mean", "std", "minimum", "maximum")
         },
     )
 

@@ -417,7 +417,7 @@ def _what_is_wrong(index: NDArray[np.void], size: int, most: int) -> str:
 
 
 def _are_keys(keys: NDArray[np.bytes_]) -> bool:
-    """Whether each is of letters, digits, `_` and `-`, as `tile.is_key` has it, and no two are the same."""
+    """Whether each is one as `tile.is_key` has it, and no two are the same."""
     letters = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)
     there = letters != 0
     ends_once = there[:, :1].all() and not (there[:, 1:] & ~there[:, :-1]).any()

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agrivision.data import recipe
 import xxhash
 
+from agrivision.data import recipe
 from agrivision.data.schema import FILE_NAME, Schema
 from agrivision.errors import DatasetError
 from agrivision.json_values import entries, parse, text, whole

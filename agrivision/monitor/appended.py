@@ -135,7 +135,8 @@ class Appended:
     def _mend(self) -> None:
         """Cut off what was not taken whole; a full disk allows that."""
         if self._torn:
-            os.ftruncate(self._file, self._size)
+            if os.fstat(self._file).st_size != self._size:
+                os.ftruncate(self._file, self._size)
             self._torn = False
 
     def _forget(self, count: int) -> None:

@@ -14,7 +14,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +32,13 @@ from agrivision.monitor.appended import Appended, close_after
 from agrivision.monitor.pictures import Picture, encode_png
 from agrivision.storage import detach, replacing, storage_error
 
+TEXT = "/text_summary"  # how the tags of texts end
+Again = Callable[[str], bool]
+
 _PREFIX = "events.out.tfevents."
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of the length
 _FOOTER_BYTES = 4  # checksum of the message
+_Goes = Callable[[Any], bool]  # whether an event is to be removed
 _NOT_CONTENT = {"file_version", "session_log", None}  # kinds of events that show nothing
 
 
@@ -44,13 +48,14 @@ class TensorBoard:
     What the disk refuses is kept and written later (see `Appended`): a curve has every step once.
     """
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int, again: Again = lambda _: False) -> None:
         """Remove what an interrupted run wrote after its checkpoint, and open a new event file.
 
         Args:
             folder: made if it is missing.
             resume_step: last step that the checkpoint holds; 0 for a new run, which removes
                 every event that the folder has.
+            again: whether what has a tag is written again for that step; it is removed too.
 
         Raises:
             StorageError, NotWritable: the disk refused.
@@ -60,7 +65,7 @@ class TensorBoard:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
-        keep_events(folder, resume_step or -1)
+        keep_events(folder, resume_step or -1, again)
         for path in _event_files(folder)[-1:]:
             detach(path)  # an attempt on a node that Slurm has lost may still have it open
         self._file = Appended(_new_file(folder), new=True)
@@ -107,7 +112,7 @@ class TensorBoard:
             tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
         )
         metadata = SummaryMetadata(plugin_data=plugin)
-        value = Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor)
+        value = Summary.Value(tag=f"{tag}{TEXT}", metadata=metadata, tensor=tensor)
         self._write(self._first_step, Summary(value=[value]))
 
     def flush(self) -> None:
@@ -160,7 +165,7 @@ def _stamp(path: Path) -> int:
     return int(match[0]) if match else 0
 
 
-def keep_events(folder: Path, last_step: int) -> int:
+def keep_events(folder: Path, last_step: int, again: Again = lambda _: False) -> int:
     """Remove the events after a step, and records that a kill left torn, from a folder's event files.
 
     A file that loses nothing is not touched; one with nothing left to show is removed.
@@ -168,6 +173,7 @@ def keep_events(folder: Path, last_step: int) -> int:
     Args:
         folder: event files in its subfolders are left alone.
         last_step: events of later steps go.
+        again: of that step's events, those with such a tag go as well.
 
     Returns:
         How many events went.
@@ -175,7 +181,14 @@ def keep_events(folder: Path, last_step: int) -> int:
     Raises:
         StorageError, NotWritable: the disk refused; the file is then as it was.
     """
-    return sum(_keep_events_of_file(path, last_step) for path in _event_files(folder))
+
+    def goes(event: Any) -> bool:
+        if event.WhichOneof("what") == "file_version":
+            return False
+        tags = [value.tag for value in event.summary.value]
+        return bool(event.step > last_step or (event.step == last_step and any(map(again, tags))))
+
+    return sum(_keep_events_of_file(path, goes) for path in _event_files(folder))
 
 
 @dataclass(frozen=True)
@@ -187,39 +200,35 @@ class _Findings:
     torn: bool
 
 
-def _keep_events_of_file(path: Path, last_step: int) -> int:
+def _keep_events_of_file(path: Path, goes: _Goes) -> int:
     try:
-        findings = _examine(path, last_step)
+        findings = _examine(path, goes)
         if not findings.content:
             path.unlink()
             return findings.dropped
     except OSError as error:
         raise storage_error(path, error) from error
     if findings.dropped or findings.torn:
-        _rewrite(path, last_step)
+        _rewrite(path, goes)
     return findings.dropped
 
 
-def _examine(path: Path, last_step: int) -> _Findings:
+def _examine(path: Path, goes: _Goes) -> _Findings:
     content = dropped = size = 0
     with path.open("rb") as file:
         for event, record in _records(file):
             size += len(record)
-            if _goes(event, last_step):
+            if goes(event):
                 dropped += 1
             elif event.WhichOneof("what") not in _NOT_CONTENT:
                 content += 1
     return _Findings(content, dropped, torn=size != path.stat().st_size)
 
 
-def _goes(event: Any, last_step: int) -> bool:
-    return bool(event.step > last_step and event.WhichOneof("what") != "file_version")
-
-
-def _rewrite(path: Path, last_step: int) -> None:
+def _rewrite(path: Path, goes: _Goes) -> None:
     with path.open("rb") as old, replacing(path) as new:
         for event, record in _records(old):
-            if not _goes(event, last_step):
+            if not goes(event):
                 new.write(record)
 
 

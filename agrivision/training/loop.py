@@ -265,8 +265,11 @@ class Loop:
         with phase("draw"):
             panels = self._panels() if drawn else {}  # before anything is written: it takes its time
         self._finish_saving()  # what has a score has a checkpoint
-        self._record.evaluated(step, self._epoch, evaluation, seconds)
+        self._record.scored(step, evaluation)
         self._record.pictures(step, panels)
+        # Its row comes last: it says that the rest is there, and need not be made again.
+        self._on_main(lambda: self._patience.persist(self._record.flush, moved))
+        self._record.evaluated(step, self._epoch, evaluation, seconds)
         return True
 
     def _name(self, left_out: Sequence[Damage]) -> None:

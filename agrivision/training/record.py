@@ -23,7 +23,7 @@ from agrivision.late import SECONDS, await_seen, is_late
 from agrivision.monitor.metrics import MetricsLog, keep_steps
 from agrivision.monitor.pictures import Picture
 from agrivision.monitor.progress import Progress, progress
-from agrivision.monitor.tensorboard import TensorBoard
+from agrivision.monitor.tensorboard import TEXT, TensorBoard
 from agrivision.rundir import RunDirectory
 from agrivision.storage import detach, make_private, storage_error, write_atomically
 from agrivision.world import World
@@ -68,7 +68,9 @@ class Record:
             return
         self._metrics = self._open(MetricsLog(run.metrics))
         if tensorboard:
-            self._board = self._open(TensorBoard(run.tensorboard, resume_step))
+            done = resume_step in run.evaluations()
+            board = TensorBoard(run.tensorboard, resume_step, again=_never if done else _is_score)
+            self._board = self._open(board)
         self._bar = progress("training", total_steps, done=resume_step)
         self._rates = _Rates()
 
@@ -115,16 +117,22 @@ class Record:
             shown = {"loss": values["total"]} if "total" in values else {}
             self._bar.advance(0, **shown, **{"images/s": values["images_per_second"]})
 
+    def scored(self, step: int, evaluation: Evaluation) -> None:
+        """Add an evaluation of the validation split to the curves."""
+        if self._board is not None:
+            self._board.scalars(step, dict(_score_tags(evaluation)))
+
     def evaluated(self, step: int, epoch: int, evaluation: Evaluation, seconds: float) -> None:
-        """Write an evaluation of the validation split."""
+        """Write the row of an evaluation; without it, whoever resumes at its step evaluates again.
+
+        So call it last, when its curves and pictures are on the disk.
+        """
         if self._metrics is None:
             return
         found = evaluation.scores
         row = {"kind": "evaluation", "step": step, "epoch": epoch, "miou": found.miou, "iou": found.iou}
         left_out = len(evaluation.left_out)
         self._metrics.append(row | {"left_out": left_out, "seconds": seconds})
-        if self._board is not None:
-            self._board.scalars(step, dict(_score_tags(evaluation)))
         if self._bar is not None:
             self._bar.advance(0, mIoU=found.miou if found.miou is not None else "none")
             line = f"epoch {epoch}, step {step}: mIoU {_three(found.miou)} ({_by_class(found.iou)})"
@@ -159,6 +167,15 @@ _TAGS = {
     "waiting_share": "speed/waiting_share",
     "memory_gib": "speed/memory_gib",
 }
+
+
+def _is_score(tag: str) -> bool:
+    """Whether a curve, picture or text is of an evaluation."""
+    return tag not in _TAGS.values() and not tag.endswith(TEXT)
+
+
+def _never(_: str) -> bool:
+    return False
 
 
 def _score_tags(evaluation: Evaluation) -> Iterator[tuple[str, float]]:

@@ -262,8 +262,8 @@ class Trainer:
     def _arrange_buckets(self, batch: Batch) -> None:
         """Let DistributedDataParallel put gradients together as it will in every step of an attempt.
 
-        It does so anew after its first backward passes. What travels together decides in which order the
-        gradients of three or more ranks are added, and so a run that goes on would add those of its
+        It does so anew after its first backward passes. What travels together decides in which order
+        the gradients of three or more ranks are added, and so a run that goes on would add those of its
         first steps in another order than the run that was never interrupted.
         """
         if not isinstance(self._wrapped, DistributedDataParallel):

@@ -14,6 +14,8 @@ from tests.ranks import Disturbance, run
 from tests.training.runs import arguments, assert_same
 from tests.training.test_resume import curves
 
+pytestmark = pytest.mark.faults
+
 
 def jump(rank: int, start: float, by: float) -> None:
     """A clock that begins somewhere, and jumps at each look."""

@@ -1,4 +1,4 @@
-"""Faults of ranks that need no Slurm: a thread of the loader dies, memory ends, their number changes."""
+"""Faults of ranks that need no Slurm: a loader's thread dies, memory ends, their number changes."""
 
 from __future__ import annotations
 

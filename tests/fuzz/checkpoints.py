@@ -52,17 +52,26 @@ def _same(found: Any, states: Any) -> bool:
 
 def manifest(folder: Path) -> Target:
     """The manifest, with a digest that fits."""
-    place, outside = checkpoint.save(folder / "run", _states(), step=7, epoch=1), folder / "outside.json"
+    place, outside = (
+        checkpoint.save(folder / "run", _states(), step=7, epoch=1),
+        folder / "outside.json",
+    )
     outside.write_text('{"stolen": 1}')
     (place / "link.json").symlink_to(outside)
     path = place / MANIFEST
     good = path.read_bytes()
     content = json.loads(good)
     about = {"bytes": outside.stat().st_size, "xxh3_128": _digest(outside)}
-    escapes = ["../../outside.json", str(outside), "link.json", "model.pt", "./model.json", "model.json/"]
-    seeds = [good]
-    for name in escapes:
-        seeds.append(json.dumps(content | {"files": {**content["files"], name: about}}).encode())
+    escapes = [
+        "../../outside.json",
+        str(outside),
+        "link.json",
+        "model.pt",
+        "./model.json",
+        "model.json/",
+    ]
+    files = [{**content["files"], name: about} for name in escapes]
+    seeds = [good, *(json.dumps(content | {"files": each}).encode() for each in files)]
 
     def run(data: bytes) -> None:
         path.write_bytes(data)

@@ -11,8 +11,15 @@ import numpy as np
 import simplejpeg
 from PIL import Image as Pillow
 
-from agrivision.data.parts import decode_part, encode_raw, encode_tiff, jpeg_shape, tiff_coordinates
-from agrivision.data.parts import decode_place, encode_place
+from agrivision.data.parts import (
+    decode_part,
+    decode_place,
+    encode_place,
+    encode_raw,
+    encode_tiff,
+    jpeg_shape,
+    tiff_coordinates,
+)
 from agrivision.data.schema import Part
 from agrivision.data.tile import Coordinates
 from tests.fuzz import tiff
@@ -33,6 +40,13 @@ def _pillow_jpeg(mode: str, side: int = _SIDE, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def _decoded(data: bytes, extension: str, bands: int, dtype: str, before: int) -> tuple[Any, Any]:
+    """Memory that held another value before, and what the decoder said."""
+    out = np.full((_SIDE, _SIDE, bands), before, dtype)
+    part = Part(extension=extension, bands=bands)
+    return out, answer(lambda: decode_part(data, part, dtype, _SIDE, out=out))
+
+
 def jpeg(folder: Path) -> Target:
     """JPEG of three bands and of one, of other colours, progressive, cut, with restart markers."""
     del folder
@@ -49,11 +63,8 @@ def jpeg(folder: Path) -> Target:
 
     def run(data: bytes) -> None:
         for bands in (1, 3):
-            part = Part(extension="rgb.jpg", bands=bands)
-            first = np.full((_SIDE, _SIDE, bands), 1, np.uint8)
-            second = np.full((_SIDE, _SIDE, bands), 254, np.uint8)
-            result = answer(lambda first=first: decode_part(data, part, "uint8", _SIDE, out=first))
-            other = answer(lambda second=second: decode_part(data, part, "uint8", _SIDE, out=second))
+            first, result = _decoded(data, "rgb.jpg", bands, "uint8", 1)
+            second, other = _decoded(data, "rgb.jpg", bands, "uint8", 254)
             assert (result is REFUSED) == (other is REFUSED)
             if result is not REFUSED:
                 assert np.array_equal(first, second), "some pixels were left as they were"
@@ -92,11 +103,8 @@ def tile_tiff(folder: Path) -> Target:
     def run(data: bytes) -> None:
         answer(lambda: tiff_coordinates(data))
         for tile in tiles:
-            part, shape = Part(extension="image.tif", bands=len(tile)), (_SIDE, _SIDE, len(tile))
-            first, second = np.full(shape, 1, tile.dtype), np.full(shape, 99, tile.dtype)
-            dtype = tile.dtype.name
-            result = answer(lambda a=(data, part, dtype, _SIDE), out=first: decode_part(*a, out=out))
-            other = answer(lambda a=(data, part, dtype, _SIDE), out=second: decode_part(*a, out=out))
+            first, result = _decoded(data, "image.tif", len(tile), tile.dtype.name, 1)
+            second, other = _decoded(data, "image.tif", len(tile), tile.dtype.name, 99)
             assert (result is REFUSED) == (other is REFUSED)
             if result is not REFUSED:
                 assert first.tobytes() == second.tobytes(), "some pixels were left as they were"

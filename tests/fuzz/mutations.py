@@ -102,11 +102,12 @@ DEEP = "\0deep\0"  # stands for more brackets than any parser can nest
 _DIGITS = "\0digits\0"  # stands for a number of more digits than Python takes
 _TWICE = "\0twice\0"
 _STRANGERS: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 15, 16, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63,
-    2**64, 10**30, 10**400, 0.5, 1.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"),
-    "", " ", "x", "0", "7", " 7 ", "１２", "1e3", "nan", "inf", "1/0", "1e999999999", "..", ".", "../../x",
-    "/etc/passwd", "a/b", "a\0b", "a\nb", "\x1b[31m", "\u2028", "\ud800", "ä", "uint8", "float64", "object",
-    "S99999999", "O", "x" * 5000, [], {}, [[]], [None], [1, 2, 3], ["a"], {"a": 1}, {"": {}}, DEEP, _DIGITS,
+    None, True, False, 0, -1, 1, 2, 3, 15, 16, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1,
+    2**63, 2**64, 10**30, 10**400, 0.5, 1.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"),
+    float("-inf"), "", " ", "x", "0", "7", " 7 ", "\uff11\uff12", "1e3", "nan", "inf", "1/0",
+    "1e999999999", "..", ".", "../../x", "/etc/passwd", "a/b", "a\0b", "a\nb", "\x1b[31m", "\u2028",
+    "\ud800", "\xe4", "uint8", "float64", "object", "S99999999", "O", "x" * 5000, [], {}, [[]], [None],
+    [1, 2, 3], ["a"], {"a": 1}, {"": {}}, DEEP, _DIGITS,
 )  # fmt: skip
 
 

@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from agrivision.data.labels import compress
-from agrivision.data.schema import Part, Schema, Split
-from agrivision.data.schema import BandStatistics
+from agrivision.data.schema import BandStatistics, Part, Schema, Split
 from agrivision.data.shards import Record, SplitReader, write_shard
 from agrivision.data.sources.masks import MaskReader
 from agrivision.evaluation import score as scoring
@@ -46,7 +45,9 @@ def _png(pixels: np.ndarray, mode: str = "L", **options: Any) -> bytes:
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """A chunk of a PNG, with its checksum."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def header(width: int, height: int, depth: int = 8, colour: int = 0, interlace: int = 0) -> bytes:

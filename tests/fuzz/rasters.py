@@ -47,7 +47,13 @@ def _image(seed: int = 0, bands: int = 4, dtype: str = "uint8") -> np.ndarray:
 def _named(**options: Any) -> bytes:
     with rasterio.MemoryFile() as memory:
         with memory.open(
-            driver="GTiff", count=4, height=_SHAPE[1], width=_SHAPE[2], dtype="uint8", **_PLACE, **options
+            driver="GTiff",
+            count=4,
+            height=_SHAPE[1],
+            width=_SHAPE[2],
+            dtype="uint8",
+            **_PLACE,
+            **options,
         ) as dataset:
             dataset.write(_image())
             dataset.descriptions = ("nir", "red", "green", "blue")

@@ -114,9 +114,19 @@ def attempts(folder: Path) -> Target:
     first = Attempt(number=1, job="17", nodes=("a", "b"), tasks=2, began=1.5, from_step=0)
     ended = dataclasses.replace(first, ended=2.5, to_step=10, code=85, reason="so", decision="requeued")
     second = Attempt(number=2, job="17", nodes=("a",), tasks=1, began=3.5)
-    submissions = ({"job": "17", "by": "launch", "time": 1.0}, {"job": "18", "by": "successor", "after": "17"})
+    submissions = (
+        {"job": "17", "by": "launch", "time": 1.0},
+        {"job": "18", "by": "successor", "after": "17"},
+    )
     seeds = (_rows(*map(dataclasses.asdict, (first, ended, second))), _rows(*submissions))
-    types = {"number": int, "job": str, "tasks": int, "began": (int, float), "reason": str, "decision": str}
+    types = {
+        "number": int,
+        "job": str,
+        "tasks": int,
+        "began": (int, float),
+        "reason": str,
+        "decision": str,
+    }
 
     def run(data: bytes) -> None:
         for name in ("attempts.jsonl", "submissions.jsonl"):
@@ -141,7 +151,10 @@ def metrics(folder: Path) -> Target:
     """metrics.jsonl: evaluations, and the steps that stay."""
     run_dir = RunDirectory(folder)
     rows = [{"kind": "train", "step": step, "loss": 0.5} for step in range(1, 4)]
-    rows += [{"kind": "evaluation", "step": 3, "miou": 0.25}, {"kind": "evaluation", "step": 6, "miou": None}]
+    rows += [
+        {"kind": "evaluation", "step": 3, "miou": 0.25},
+        {"kind": "evaluation", "step": 6, "miou": None},
+    ]
 
     def run(data: bytes) -> None:
         run_dir.metrics.write_bytes(data)
@@ -237,7 +250,9 @@ def note(folder: Path) -> Target:
     place.own("").mkdir(parents=True)
     place.make_folders(["train"])
     maker = ShardMaker(reader=_Reader(), workplace=place, bands=1, classes=2, strict=False)
-    work = Job(split="train", name="00000", references=tuple(Reference(f"t{n}", "f", n) for n in (3, 4)))
+    work = Job(
+        split="train", name="00000", references=tuple(Reference(f"t{n}", "f", n) for n in (3, 4))
+    )
     right = make_shard(maker, work)
     path = place._note("train", "00000")
     good = path.read_bytes()
@@ -261,7 +276,7 @@ def pairs(folder: Path) -> Target:
     path = folder / "pairs.csv"
     seeds = (
         b"scene,label,split\na.tif,la.tif,train\nb.tif,lb.tif,val\n",
-        b"\xef\xbb\xbfscene, label\na.tif, la.tif\n\"b.tif\", lb.tif\nmissing.tif,x.vrt\n",
+        b'\xef\xbb\xbfscene, label\na.tif, la.tif\n"b.tif", lb.tif\nmissing.tif,x.vrt\n',
         b"label,scene\r\nla.tif,./a.tif\r\n/vsicurl/x,b.tif\r\n",
         b"scene,label\na.tif,la.tif,extra,extra\nb.tif\n",
         b"scene,label,scene\nhttp://x/a.tif,la.tif,b.tif\n" + b"x" * 300 + b".tif,la.tif\n",

@@ -66,7 +66,10 @@ def _bytes(folder: Path, schema: Schema) -> bytes:
 def dataset_json(folder: Path) -> Target:
     """The description of a data set."""
     raw = (Part(extension="image.raw", bands=4), Part(extension="place.json", bands=0))
-    goods = [_good(), _good(parts=raw, dtype="float32", nodata=-9999.0, class_values=(3, 7), unscored=())]
+    goods = [
+        _good(),
+        _good(parts=raw, dtype="float32", nodata=-9999.0, class_values=(3, 7), unscored=()),
+    ]
     seeds = tuple(_bytes(folder, good) for good in goods)
     path = folder / FILE_NAME
 
@@ -81,7 +84,9 @@ def dataset_json(folder: Path) -> Target:
             found.write(folder)
             assert Schema.read(folder) == found
             for name in found.splits:
-                answer(lambda name=name: SplitReader(folder, found, name).key(found.split(name).tiles - 1))
+                answer(
+                    lambda name=name: SplitReader(folder, found, name).key(found.split(name).tiles - 1)
+                )
 
     return Target(seeds=seeds, run=run, mutate=mutate_json)
 

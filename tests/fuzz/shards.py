@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def _write(folder: Path) -> tuple[ShardInfo, bytes, bytes]:
 
 
 def index(folder: Path) -> Target:
-    """The index of a whole shard; its digest in dataset.json fits, since who can write one writes both."""
+    """The index of a shard; its digest in dataset.json fits: who can write one can write both."""
     info, tar, good = _write(folder)
     path = folder / "00000.index.npy"
     more = np.load(path)
@@ -80,7 +81,7 @@ def _check(shard: Shard, tar: bytes, tiles: int) -> None:
             for start, size in zip(entry["offsets"].tolist(), entry["sizes"].tolist(), strict=True)
         ]
         assert all(0 <= start <= end <= len(tar) for start, end in ends)
-        assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(ends))
         assert [bytes(file) for file in files] == [tar[start:end] for start, end in ends]
         whole = b"".join(tar[start:end] for start, end in ends)
         assert xxhash.xxh3_64_intdigest(whole) == int(entry["checksum"])
@@ -109,5 +110,3 @@ def records(folder: Path) -> Target:
             assert files is REFUSED or tuple(map(bytes, files)) == original
 
     return Target(seeds=(good,), run=run)
-
-

@@ -1,4 +1,4 @@
-"""A TIFF reader of a page, to compare GDAL with: strips and tiles, plain or deflated, pixel by pixel."""
+"""A TIFF reader of a page, to compare GDAL with: strips and tiles, plain or deflated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,25 @@ _SIZES = {1: "B", 2: "s", 3: "H", 4: "I", 5: "Q", 11: "f", 12: "d", 16: "Q"}
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _STRIPS, _SAMPLES = 256, 257, 258, 259, 273, 277
 _ROWS, _COUNTS, _PLANAR, _PREDICTOR, _FORMAT = 278, 279, 284, 317, 339
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_COUNTS = 322, 323, 324, 325
-_KNOWN = {254, 262, 266, 274, 282, 283, 296, 305, 306, 338, 33550, 33922, 34735, 34736, 34737, 42112, 42113}
+_KNOWN = {
+    254,
+    262,
+    266,
+    274,
+    282,
+    283,
+    296,
+    305,
+    306,
+    338,
+    33550,
+    33922,
+    34735,
+    34736,
+    34737,
+    42112,
+    42113,
+}
 _KNOWN |= {256, 257, 258, 259, 273, 277, 278, 279, 284, 317, 339, 322, 323, 324, 325}
 
 
@@ -125,5 +143,3 @@ def _tags(content: bytes, order: str) -> dict[int, tuple[Any, ...]]:
             (place,) = struct.unpack_from(f"{order}I", content, place)
         tags[tag] = struct.unpack_from(f"{order}{values}{code}", content, place)
     return tags
-
-

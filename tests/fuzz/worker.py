@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.worker TARGET ENGINE INPUTS SEED FOLDER
 
-Each input is put into FOLDER/now before it is tried, so that it is still there if the process dies. Findings
-go into FOLDER, one file for each place in the code, and the counts into FOLDER/report.json.
+Each input is put into FOLDER/now before it is tried, so that it is still there if the process dies.
+Findings go into FOLDER, one file for each place in the code, and the counts into FOLDER/report.json.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _mapped() -> int:
 
 def open_files() -> int:
     """Descriptors that the process has open."""
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 class Trial:
@@ -187,8 +187,7 @@ def _atheris(name: str, make: Callable[[], Any], trial_of: Callable[[Any], Trial
         if number % 2:
             changed = atheris.Mutate(data, max_size)
         else:
-            program = number.to_bytes(4, "little") + os.urandom(0)
-            program += _noise(number, 4 + number % 61)
+            program = _noise(number, 4 + number % 61)
             changed = target.mutate(target.seeds, program)
         return bytes(changed[:max_size])
 
@@ -228,10 +227,10 @@ def main(name: str, engine: str, inputs: int, seed: int, folder: Path) -> None:
             _atheris(name, make, trial_of, seed)
             return
         target = make()
-        trial = trial_of(target)
         if engine == "again":  # one input, its error shown
-            target.run(folder.joinpath("input").read_bytes())
+            target.run((folder / "input").read_bytes())
             return
+        trial = trial_of(target)
         _hypothesis(target, trial, seed)
         trial.report()
 

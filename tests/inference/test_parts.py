@@ -148,6 +148,7 @@ TrainedModel.probabilities = disturbed
 """
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize(
     ("number", "kind"),
     [

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -387,23 +387,36 @@ def test_what_an_earlier_attempt_said_is_not_heard(cluster: Cluster, tmp_path: P
     assert last(job)[1].startswith("rank 1 on n2 ended without a word")
 
 
-def test_signals_reach_the_step(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that comes while the ranks run, as from `--signal=B:USR1@60`."""
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    """Handlers of signals as they were before."""
+    handlers = {number: signal.getsignal(number) for number in batch._SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_signals_reach_the_step(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    """One that comes while the ranks run, as from `--signal=B:USR1@60`; at a SIGTERM srun would kill."""
     ranks(
         tmp_path,
         85,
         85,
-        before=f"trap 'echo heard > {tmp_path}/heard' USR1; kill -USR1 $PPID; sleep 0.2",
+        before=f"trap 'echo heard > {tmp_path}/heard' USR1; kill -{name} $PPID; sleep 0.2",
     )
-    handlers = {number: signal.getsignal(number) for number in batch._SIGNALS}
-    try:
-        assert batch.run(job_of(tmp_path)) == 85
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert batch.run(job_of(tmp_path)) == 85
     assert (tmp_path / "heard").read_text() == "heard\n"
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_signal_before_the_step_begins_is_heard(cluster: Cluster, tmp_path: Path) -> None:
+    ranks(tmp_path, 0, 0, before=f"touch {tmp_path}/started")
+    signals = batch._Signals().listen()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert batch.run(job_of(tmp_path), signals) == 85
+    assert not (tmp_path / "started").exists()
 
 
 # Whose turn it is, and what is frozen when.

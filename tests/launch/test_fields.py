@@ -122,7 +122,7 @@ def body(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("nodelist", "/home/me/nodes"),  # to sbatch the name of a file
+        ("nodelist", "/data/nodes"),  # to sbatch the name of a file
         ("exclude", "./nodes"),
         ("partition", "-x"),
         ("account", "a b"),

@@ -98,6 +98,13 @@ def test_resumed_before_the_first_checkpoint(tmp_path: Path) -> None:
     assert raw(tmp_path, "loss/total") == []
 
 
+def test_what_is_made_again_is_removed_first(tmp_path: Path) -> None:
+    run(tmp_path, 0, 10)
+    with TensorBoard(tmp_path, 10, again=lambda tag: tag.startswith("val/")) as board:
+        board.pictures(10, "val/tile", np.full((8, 12, 3), 10, np.uint8))
+    check(tmp_path, 10)
+
+
 def test_resumed_at_the_end(tmp_path: Path) -> None:
     run(tmp_path, 0, 12)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -124,6 +131,7 @@ def write_until_killed(folder: str) -> None:
             board.scalars(step, {"loss/total": 1.0})
 
 
+@pytest.mark.row(36)
 def test_a_real_kill_loses_nothing_that_was_written(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(
         target=write_until_killed, args=[str(tmp_path)]
@@ -144,6 +152,7 @@ def test_a_real_kill_loses_nothing_that_was_written(tmp_path: Path) -> None:
     assert raw(tmp_path, "loss/total") == list(range(1, last + 5))
 
 
+@pytest.mark.row(34)
 def test_a_clock_that_is_behind_does_not_hide_the_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ freeze=N    until the job is requeued, a rank stops (SIGSTOP) after step N: rank
 hold=N      the same, but it keeps the interpreter's lock
 deaf=N      until the job is requeued, the ranks' sum after step N never ends
 linger=S    saving and evaluating begin with S seconds of nothing, and a file that says so: see `moment`
-batch=S     every batch of a prediction takes S seconds more, and leaves a file `task 1 batch 3-0` likewise
+batch=S     so does every batch of a prediction; its file is `task 1 batch 3-0`
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOMENTS = "AGRIVISION_TEST_MOMENTS"
 
 
 def moment(name: str, restart: int) -> str:
-    """The file that is made in the folder MOMENTS when `saving` or `evaluating` begins in an attempt."""
+    """The file in the folder MOMENTS that is made when an attempt begins with `saving`, `evaluating`."""
     return f"{name}-{restart}"
 
 

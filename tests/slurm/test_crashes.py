@@ -158,7 +158,11 @@ def test_out_of_memory_on_one_rank(
 @pytest.mark.faults
 @pytest.mark.row(31)
 def test_ports_that_are_taken(
-    cluster: Cluster, dataset: Path, tmp_path: Path, references: References, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster,
+    dataset: Path,
+    tmp_path: Path,
+    references: References,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first fifty that the job would take: rank 0 goes on along the row, and says where it is."""
     hook(monkeypatch)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -344,7 +345,7 @@ def test_signalled_again_and_again(
     references: References,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While Python starts and torch is imported, in a save, in an evaluation: until the job leaves."""
+    """While Python starts and torch is imported, in a save, in an evaluation: until the ranks leave."""
     hook(monkeypatch, first=SLOW, linger=0.3)
     monkeypatch.setenv(MOMENTS, str(tmp_path))
     options = {"training__epochs": 4, "training__evaluate_every_epochs": 1}
@@ -358,28 +359,51 @@ def test_signalled_again_and_again(
     assert run.end() == "COMPLETED", run.log
     run.assert_whole(references.get(**options))
     assert run.decisions == ["requeued", "requeued", "requeued", "done"]
-    assert {attempt.code for attempt in run.attempts[:3]} == {ExitCode.STOPPED}
+    # A program that has just begun dies of a signal: that is no stop, but there was nothing to save.
+    assert [attempt.code for attempt in run.attempts[1:3]] == [ExitCode.STOPPED] * 2
     assert min(heard) >= 2
 
 
 def signal_until_it_decides(run: Run, attempt: int) -> int:
-    """Signal the batch side and the ranks of a job until an attempt is over; returns how often."""
+    """Signal the ranks of a job, as Slurm does it, until an attempt is over; returns how often."""
     count = 0
 
     def decided() -> bool:
         nonlocal count
         if len(run.decisions) > attempt or run.decisions[attempt - 1]:
             return True
-        try:
-            name = ("USR1", "TERM")[count % 2]
-            run.cluster.run("scancel", "--full", f"--signal={name}", run.number)
-        except ClusterError:  # it is between two attempts
-            return False
-        count += 1
+        name = ("USR1", "TERM")[count % 2]
+        with suppress(ClusterError):  # the step is not there yet, or not any more
+            run.cluster.run("scancel", f"--signal={name}", run.number)
+            count += 1
         return False
 
-    run.wait(decided, 60, f"attempt {attempt} leaves")
+    run.wait(decided, 120, f"attempt {attempt} leaves")
     return count
+
+
+@pytest.mark.faults
+@pytest.mark.row(33)
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_the_batch_side_alone_is_signalled(
+    cluster: Cluster,
+    dataset: Path,
+    tmp_path: Path,
+    references: References,
+    stopwatch: Stopwatch,
+    name: str,
+) -> None:
+    """As by `--signal=B:TERM@60`: it tells the ranks, and srun does not kill them for that."""
+    run = train(cluster, dataset, tmp_path / "run", ["--nodes=2"])
+    run.reach(3)
+    stopwatch(run)
+    cluster.run("scancel", "--batch", f"--signal={name}", run.number)
+    assert run.end() == "COMPLETED", run.log
+    run.assert_whole(references.get(2))
+    assert run.decisions == ["requeued", "done"]
+    first, second = run.attempts
+    assert first.code == ExitCode.STOPPED and first.to_step == second.from_step
+    assert first.to_step is not None and first.to_step >= 3
 
 
 @pytest.mark.faults

@@ -14,7 +14,6 @@ from typing import Any
 
 from tests.storm.course import demo
 from tests.storm.harness import Course, Report, endure, forget, undisturbed
-from tests.storm.weather import storm
 
 _HEAD = (
     "| seed | faults | attempts | steps repeated | seconds | seconds lost | same bits |"
@@ -69,7 +68,7 @@ def _one(course: Course, folder: Path, seed: int, faults: int) -> Report:
     number = iter(range(1, faults + 1))
     report = endure(
         course,
-        storm(seed, faults, steps=course.steps, save_every=course.save_every),
+        course.storm(seed, faults),
         folder,
         seed=seed,
         tell=lambda line: _say(f"{next(number):3d}/{faults} {line}"),

@@ -43,6 +43,7 @@ def demo(folder: Path, ranks: Ranks = launched) -> Course:
         words=("train", *words),
         steps=200,
         save_every=6,
+        evaluate_every=20,
         reference=folder / "undisturbed",
         ranks=ranks,
     )
@@ -75,6 +76,7 @@ def little(dataset: Path, folder: Path, ranks: Ranks) -> Course:
         words=tuple(words),
         steps=30,
         save_every=2,
+        evaluate_every=10,
         reference=folder / "undisturbed",
         ranks=ranks,
     )

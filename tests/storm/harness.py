@@ -44,6 +44,7 @@ class Course:
         words: `train …` without the run directory and the number of threads.
         steps: of the whole run.
         save_every: steps from one checkpoint to the next.
+        evaluate_every: steps from one validation to the next.
         reference: run directory of the run that nothing disturbed.
         ranks: how its ranks are started.
     """
@@ -52,8 +53,20 @@ class Course:
     words: tuple[str, ...]
     steps: int
     save_every: int
+    evaluate_every: int
     reference: Path
     ranks: Ranks
+
+    def storm(self, seed: int, count: int, **limits: Any) -> list[Fault]:
+        """The faults of a storm that fits this run; `limits` are those of `weather.storm`."""
+        return weather.storm(
+            seed,
+            count,
+            steps=self.steps,
+            save_every=self.save_every,
+            evaluate_every=self.evaluate_every,
+            **limits,
+        )
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from tests.storm import course, oracle
 from tests.storm.__main__ import main
 from tests.storm.chaos import Plan
 from tests.storm.harness import Course, endure, forked, undisturbed
-from tests.storm.weather import FORKED, Fault, storm
+from tests.storm.weather import FORKED, Fault
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def little(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Course:
 
 
 def test_a_little_storm(little: Course, tmp_path: Path) -> None:
-    faults = storm(3, 4, steps=little.steps, save_every=little.save_every, kinds=FORKED, most_ranks=2)
+    faults = little.storm(3, 4, kinds=FORKED, most_ranks=2)
     report = endure(little, faults, tmp_path / "storm", seed=3)
     assert report.wrong == []
     assert report.struck == 4

@@ -29,7 +29,7 @@ def test_every_kind_comes_once_before_one_comes_again(seed: int) -> None:
     assert counts == dict.fromkeys(KINDS, 2)
 
 
-@given(SEEDS, st.sampled_from([45, 200, 1000]), st.sampled_from([1, 3, 6]))
+@given(SEEDS, st.sampled_from([200, 1000]), st.sampled_from([1, 3, 6]))
 def test_faults_can_happen(seed: int, steps: int, save_every: int) -> None:
     faults = storm(seed, 20, steps=steps, save_every=save_every)
     assert [fault.step for fault in faults] == sorted(fault.step for fault in faults)

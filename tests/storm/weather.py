@@ -103,6 +103,7 @@ def storm(
     *,
     steps: int = 200,
     save_every: int = 6,
+    evaluate_every: int = 20,
     kinds: Sequence[Kind] = KINDS,
     most_ranks: int = MOST_RANKS,
 ) -> list[Fault]:
@@ -113,6 +114,7 @@ def storm(
         count: of faults.
         steps: of the whole run.
         save_every: steps from one checkpoint to the next.
+        evaluate_every: steps from one validation to the next.
         kinds: that may come.
         most_ranks: of an attempt.
 
@@ -120,7 +122,22 @@ def storm(
         ValueError: the run is too short for so many faults.
     """
     chance = random.Random(seed)
-    deal, due = _possible(chance, count, kinds, steps, save_every)
+    for _ in range(_MOST_DRAWS):
+        deal: list[Kind] = []
+        while len(deal) < count:
+            deal += chance.sample(kinds, len(kinds))
+        due = sorted(chance.randint(1, int(_LAST * steps)) for _ in range(count))
+        if not _can_happen(deal[:count], due, save_every):
+            continue
+        faults = _faults(chance, deal, due, save_every, most_ranks)
+        if _last_place(faults, save_every, evaluate_every) < steps:
+            return faults
+    raise ValueError(f"{count} faults do not fit into a run of {steps} steps")
+
+
+def _faults(
+    chance: random.Random, deal: Sequence[Kind], due: Sequence[int], save_every: int, most_ranks: int
+) -> list[Fault]:
     faults: list[Fault] = []
     for kind, step, before in zip(deal, due, [0, *due], strict=False):
         first = not faults or faults[-1].ends
@@ -128,6 +145,21 @@ def storm(
         threads = chance.randint(0, MOST_THREADS) if first else faults[-1].threads
         faults.append(_fault(chance, kind, step, size, threads, resumed=before > 4 * save_every))
     return faults
+
+
+def _last_place(faults: Sequence[Fault], save_every: int, evaluate_every: int) -> int:
+    """The latest step at which the last of the faults may happen: moments do not come at every step."""
+    place = 0
+    for fault in faults:
+        if fault.moment not in START:
+            every = 1
+            if fault.moment in VALIDATION:
+                every = evaluate_every
+            elif fault.moment in SAVE:
+                # Nothing is removed before there is more than is kept, as after damage.
+                every = save_every * (3 if fault.moment == "removing" else 1)
+            place = -(-max(fault.step, place + 1) // every) * every
+    return place
 
 
 def attempts(faults: Sequence[Fault]) -> list[list[Fault]]:
@@ -138,20 +170,6 @@ def attempts(faults: Sequence[Fault]) -> list[list[Fault]]:
         if fault.ends:
             groups.append([])
     return groups if groups[-1] else groups[:-1]
-
-
-def _possible(
-    chance: random.Random, count: int, kinds: Sequence[Kind], steps: int, save_every: int
-) -> tuple[list[Kind], list[int]]:
-    """Kinds, and the steps that they are due at, drawn until all of them can happen."""
-    for _ in range(_MOST_DRAWS):
-        deal: list[Kind] = []
-        while len(deal) < count:
-            deal += chance.sample(kinds, len(kinds))
-        due = sorted(chance.randint(1, int(_LAST * steps)) for _ in range(count))
-        if _can_happen(deal[:count], due, save_every):
-            return deal[:count], due
-    raise ValueError(f"{count} faults do not fit into a run of {steps} steps")
 
 
 def _can_happen(deal: Sequence[Kind], due: Sequence[int], save_every: int) -> bool:

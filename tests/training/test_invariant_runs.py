@@ -38,6 +38,7 @@ def test_weights_optimiser_average_and_losses_are_those_of_one_rank(
     assert_same(tmp_path / "run", one_rank)  # the score and every row of metrics.jsonl, too
 
 
+@pytest.mark.row(29)
 def test_a_run_that_changes_its_number_of_ranks_ends_with_the_same_bits(
     one_rank: Path, dataset: Path, tmp_path: Path
 ) -> None:

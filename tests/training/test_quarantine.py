@@ -146,7 +146,10 @@ def test_gradients_are_those_of_one_rank(
 
 
 def test_a_damaged_tile_has_no_weight_and_the_others_keep_theirs(gradients, dataset: Path) -> None:
-    """By plain autograd: the sum over the tiles that count, over the number that the batch has."""
+    """By plain autograd: the sum over the tiles that count, over the number that the batch has.
+
+    In the damaged tiles' places are here the tiles as they were.
+    """
     run_dir = gradients(1, "none", "null")
     config, schema = read_config(run_dir / "config.yaml"), Schema.read(dataset)
     reader = SplitReader(dataset, schema, "train")
@@ -157,20 +160,26 @@ def test_a_damaged_tile_has_no_weight_and_the_others_keep_theirs(gradients, data
         crop=config.data.crop,
         seed=config.seed,
     )
+    newest = checkpoint.latest(run_dir / "checkpoints")
+    assert newest is not None
+    states = newest.states
     for step in range(5):
         batch = order.batch(cursor)
         cursor = batch.next_cursor
-        all_tiles = order.tiles(batch)[: batch.count].tolist()
-        tiles = [tile for tile in all_tiles if tile not in LOST]
-        seen.add(len(tiles))
+        if step == 0:
+            continue  # biases are zero then, and a pixel of zeros is on the edge of a ReLU
+        tiles = order.tiles(batch).tolist()
+        counts = [slot < batch.count and tile not in LOST for slot, tile in enumerate(tiles)]
+        seen.add(sum(counts))
         pixels = Pixels.allocate(schema, len(tiles))
         for slot, tile in enumerate(tiles):
             decode_record(reader.read(tile), schema, pixels, slot)
         images, labels = augment(pixels.planes, pixels.labels, 0, tiles)
         model = load_run(run_dir, "cpu").module.train().double()
+        model.load_state_dict(states["model"])  # in double precision, which `load_run` rounds
         weights = class_weights(reader.split.class_pixels, "sqrt", config.loss.max_class_weight)
         losses = LabelSetLoss(weights, config.loss.dice_weight)(model(images.double()), labels)
-        (losses.total.sum() / batch.count).backward()
+        (losses.total[counts].sum() / batch.count).backward()
         found = np.load(run_dir / f"gradients-{step}-0.npz")
         for name, parameter in model.named_parameters():
             size = parameter.grad.abs().max().item()
@@ -215,6 +224,7 @@ def harm_first(folder: Path, harm: Callable[[dict[str, bytes]], None]) -> None:
     write_again(folder, "train", 1, lambda row, files: harm(files) if row == 0 else None)
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize(
     ("harm", "lost", "said"),
     [
@@ -256,6 +266,7 @@ def test_each_damage_is_named_and_counted(
 # Attempts
 
 
+@pytest.mark.row(24)
 def test_resumed_the_decision_is_the_same_whatever_the_disk_says_then(
     damaged, mine: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -296,7 +307,7 @@ def test_whoever_resumes_with_changes_reads_them_again(
     assert run(first) == [0]
     assert len(rows(tmp_path / "run")) == len(LOST)
     flip(mine, "train", *LOST)
-    assert run([*command, "--resume_with_changes"]) == [0]
+    assert run([*command, "--training.max_steps", "null", "--resume_with_changes"]) == [0]
     assert rows(tmp_path / "run") == []
     second = [key for (epoch, _), some in samples(tmp_path / "run").items() if epoch for key in some]
     assert len(second) == len(SplitReader(dataset, Schema.read(dataset), "train"))
@@ -305,6 +316,7 @@ def test_whoever_resumes_with_changes_reads_them_again(
 # Too many
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_over_the_threshold_all_ranks_save_and_stop(
     ranks: int, damaged, mine: Path, tmp_path: Path
@@ -313,7 +325,8 @@ def test_over_the_threshold_all_ranks_save_and_stop(
     order = Order(size=33, batch_size=6, seed=0)
     places = [order.tiles(order.batch(cursor)).tolist() for cursor in range(0, 33, 6)]
     first, second = places[1][0], places[3][5]
-    one = SHORT | {"data__max_damaged_share": 0.04}  # of 33: 1
+    # Three ranks add up floats in an order that a resumed run may change, but for the invariant mode.
+    one = (INVARIANT if ranks == 3 else SHORT) | {"data__max_damaged_share": 0.04}  # of 33: 1
     flip(mine, "train", first, second)
     run_dir = tmp_path / "run"
     command = arguments(mine, run_dir, **one)
@@ -444,6 +457,7 @@ def _blank(folder: Path, tile: int) -> None:
     write_again(folder, "val", number, change)
 
 
+@pytest.mark.row(24)
 def test_too_many_in_the_validation_split_end_all_ranks(mine: Path, tmp_path: Path) -> None:
     flip(mine, "val", 0, 4, 7)
     endings = hear(arguments(mine, tmp_path / "run", **SHORT), 2)

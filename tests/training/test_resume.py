@@ -59,6 +59,7 @@ def test_stopped_by_sigterm(
     assert_same(tmp_path, undisturbed(ranks, precision))
 
 
+@pytest.mark.row(6)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -80,6 +81,7 @@ def test_killed(
     assert_same(tmp_path, undisturbed(ranks, precision))
 
 
+@pytest.mark.row(33)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("moment", ["saving", "renaming", "evaluating"])
 def test_disturbed_outside_of_a_step(
@@ -126,6 +128,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.row(29)
 def test_two_then_one_then_three_ranks_see_the_same_samples(
     dataset: Path, tmp_path: Path, undisturbed
 ) -> None:

@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from agrivision import checkpoint, snapshot
-from agrivision.errors import Diverged, ExitCode, StorageError, Superseded
+from agrivision.errors import Diverged, ExitCode, NotWritable, StorageError, Superseded
 from agrivision.rundir import RunDirectory
 from agrivision.snapshot import Snapshot
 from agrivision.training import saver as saving
+from agrivision.training.patience import DiskPatience
 from agrivision.training.saver import Saver, SaveWatch
 from agrivision.training.trainer import Trainer
 from tests.disks import fill, make_read_only, small_disk
@@ -389,6 +390,124 @@ def test_a_process_that_ends_without_waiting_ends_after_the_write(tmp_path: Path
     )
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True, timeout=PATIENCE)
     assert torch.equal(load(tmp_path, 1).states["m"]["w"], torch.ones(9))
+
+
+class Stubborn:
+    """A disk that refuses so often."""
+
+    def __init__(self, times: int) -> None:
+        self.left, self.tries = times, 0
+
+    def __call__(self) -> None:
+        self.tries += 1
+        if self.left:
+            self.left -= 1
+            raise StorageError("cannot write it: No space left on device")
+
+
+class Clock:
+    """Time that passes when somebody waits."""
+
+    now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        time.sleep(0)  # let the others run
+
+
+def patience(seconds: float, **changes: Any) -> DiskPatience:
+    clock = Clock()
+    return DiskPatience(seconds, clock=clock.read, sleep=clock.sleep, **changes)
+
+
+def test_a_disk_that_refuses_for_a_while_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = Stubborn(5)
+    with saver_in(tmp_path, flush=disk, patience=patience(900)) as saver:
+        saver.save(some(1), step=1, epoch=0)
+        saver.wait()
+        assert not saver.failed
+    assert disk.tries == 6
+    assert_same_states(load(tmp_path, 1).states, some(1))
+    said = [row.getMessage() for row in caplog.records]
+    assert sum("trying again for 15 more minutes" in line for line in said) == 5
+    assert said[-1] == "the disk takes what is saved again"
+
+
+def test_a_disk_that_refuses_for_too_long_is_the_end(tmp_path: Path) -> None:
+    disk = Stubborn(10**6)
+    saver = saver_in(tmp_path, flush=disk, patience=patience(900))
+    saver.save(some(1), step=1, epoch=0)
+    with pytest.raises(StorageError, match="No space left"):
+        saver.wait()
+    assert 20 < disk.tries < 60  # each pause is longer than the one before, up to half a minute
+
+
+def test_what_is_newer_takes_the_place_of_what_is_refused(tmp_path: Path) -> None:
+    disk = Stubborn(10**6)
+    waits = DiskPatience(900)  # by the real clock: far longer than this test
+    with saver_in(tmp_path, flush=disk, patience=waits) as saver:
+        saver.save(some(1), step=1, epoch=0)
+        wait_for(lambda: disk.tries)
+        saver.save(some(2), step=2, epoch=0)
+        wait_for(lambda: disk.tries > 1)
+        disk.left = 0
+        saver.save(some(3), step=3, epoch=0)
+    assert saved_in(tmp_path)[-1] == 3
+    assert 1 not in saved_in(tmp_path)
+    assert_same_states(load(tmp_path, 3).states, some(3))
+
+
+def test_patience_counts_from_the_first_refusal_whatever_is_saved(tmp_path: Path) -> None:
+    clock = Clock()
+    limited = DiskPatience(100, clock=clock.read, sleep=clock.sleep)
+    refusal = StorageError("full")
+    limited.wait(refusal)
+    clock.now = 99.0
+    limited.wait(refusal)
+    clock.now = 100.5
+    with pytest.raises(StorageError, match="full"):
+        limited.wait(refusal)
+    limited.served()
+    limited.wait(refusal)  # a new time of trouble
+
+
+def test_whoever_is_asked_to_end_tries_once_more(tmp_path: Path) -> None:
+    disk, asked = Stubborn(10**6), threading.Event()
+    saver = saver_in(tmp_path, flush=disk, patience=DiskPatience(900, asked.is_set))
+    saver.save(some(1), step=1, epoch=0)
+    wait_for(lambda: disk.tries)
+    asked.set()
+    saver.save(some(2), step=2, epoch=0)  # what is newer still has its try
+    with pytest.raises(StorageError, match="No space left"):
+        saver.wait()
+    assert disk.tries <= 3
+    assert saved_in(tmp_path) == []
+
+
+def test_what_cannot_pass_is_the_end_at_once(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise NotWritable("cannot write it: Read-only file system")
+
+    saver = saver_in(tmp_path, flush=refuse, patience=patience(900))
+    saver.save(some(1), step=1, epoch=0)
+    with pytest.raises(NotWritable):
+        saver.wait()
+
+
+def test_nothing_is_removed_where_it_is_not_known_what_is_best(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()  # it cannot be read
+    with saver_in(tmp_path, keep_last=1) as saver:
+        for step in (1, 2):
+            saver.save(some(step), step=step, epoch=0)
+    assert saved_in(tmp_path) == [1, 2]
+    assert "no old checkpoint is removed" in caplog.text
 
 
 # In a run

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
+from xml.etree import ElementTree as ET  # see where it reads # nosec B405
 
 from agrivision.data.parts import geodata
 from agrivision.data.sources.source import Flaw
@@ -189,7 +189,7 @@ def _vrt_sources(path: Path, changed: int) -> Sequence[Path]:  # noqa: ARG001 - 
     if len(content) == _MOST_BYTES or b"<!" in content or b"\0" in content:
         raise Flaw(path, "elsewhere", "is too large for a VRT, or holds declarations: write it anew")
     try:
-        root = ET.fromstring(content.decode())  # noqa: S314 - no declarations, see above
+        root = ET.fromstring(content.decode())  # noqa: S314  # no declarations # nosec B314
     except (UnicodeDecodeError, ET.ParseError) as error:
         raise Flaw(path, "unreadable", f"cannot be read ({error})") from None
     found: dict[Path, None] = {}

@@ -1,7 +1,7 @@
 """What a raster's header says of its size, looked at before memory or time is taken for it.
 
-A header of a few bytes can ask for any amount of either: sides of two thousand million pixels, one block of
-four thousand megabytes, thousands of bands.
+A header of a few bytes can ask for any amount of either: sides of two thousand million pixels, blocks
+of four thousand megabytes, thousands of bands.
 """
 
 from __future__ import annotations
