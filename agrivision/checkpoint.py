@@ -29,7 +29,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
-from agrivision import tensor_file
+from agrivision import json_values, tensor_file
 from agrivision.errors import AgrivisionError, CheckpointError, StorageError
 from agrivision.rundir import checkpoint_step
 from agrivision.storage import make_private, remove_tree, storage_error, sync_folder, sync_tree
@@ -325,7 +325,7 @@ def _decode(path: Path, content: bytes, kind: str) -> dict[str, Any]:
     try:
         if kind == "safetensors":
             return dict(safetensors.torch.load(content))
-        return dict(json.loads(content))
+        return json_values.entries(json_values.parse(content))
     except (ValueError, TypeError, KeyError, RecursionError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
 

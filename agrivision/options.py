@@ -26,6 +26,7 @@ from agrivision.errors import BadInput, ConfigurationError, without_passwords
 _KEYS = flatten(Config().to_dict())
 _MOST_BYTES = 1 << 16  # of a configuration; all of its keys take some 3 kB
 _TOO_LARGE = 2**63
+_FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # deep nesting costs the other one seconds
 _DEEPEST = 8  # levels; a configuration has two
 _SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -203,7 +204,7 @@ def _load(path: Path) -> Any:
     if len(content) > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES} bytes")
     depth, values = 0, set()
-    for event in yaml.parse(content, yaml.SafeLoader):
+    for event in yaml.parse(content, _FAST):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:

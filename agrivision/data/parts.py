@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,14 @@ from agrivision.json_values import items, number, parse, text
 JPEG, TIFF, RAW, JSON = "jpg", "tif", "raw", "json"
 RAW_IMAGE, PLACE = f"image.{RAW}", f"place.{JSON}"  # extensions of a raw record
 _JPEG_COLOURS = {1: "GRAY", 3: "RGB"}
+_SCAN = re.compile(rb"\xff\xda")
+_MOST_SCANS = 100  # of a JPEG; progressive ones have about ten
+_SOS, _SOF_COMPONENTS = (
+    0xDA,
+    9,
+)  # kind of the segment that begins a scan; where a frame counts components
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL = {0xC0, 0xC1, 0xC9}
 _HORIZONTAL_DIFFERENCES, _FLOATING_POINT = 2, 3  # the predictors of TIFF
 
 
@@ -110,9 +119,29 @@ def jpeg_shape(content: bytes | memoryview) -> tuple[int, int, int]:
         raise DatasetError(f"not a whole JPEG ({error})") from None
     if max(height, width) > MAX_TILE:
         raise DatasetError(f"{width} x {height} pixels: larger than any tile")
+    # Each scan goes over all pixels again, and a scan of twelve bytes is one.
+    if not _has_one_scan(content) and len(_SCAN.findall(content)) > _MOST_SCANS:
+        raise DatasetError(f"a JPEG of more than {_MOST_SCANS} scans")
     if colours not in ("Gray", "YCbCr", "RGB"):
         raise DatasetError(f"a JPEG of the colour space {colours}: grey or RGB belong here")
     return height, width, 1 if colours == "Gray" else 3
+
+
+def _has_one_scan(content: bytes | memoryview) -> bool:
+    """Whether a JPEG's first scan is its last: sequential, with all components (ITU T.81, annex B)."""
+    place, components = 2, 0
+    while place + _SOF_COMPONENTS < len(content) and content[place] == 0xFF:
+        kind = content[place + 1]
+        if kind == _SOS:
+            return content[place + 4] == components
+        if kind in _FRAMES:
+            if kind not in _SEQUENTIAL:
+                return False
+            components = content[place + _SOF_COMPONENTS]
+        elif kind < 0xC0 or 0xD0 <= kind <= 0xD9:  # without a length: none of a picture's header
+            return False
+        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return False
 
 
 def decode_jpeg(content: bytes | memoryview, out: NDArray[np.uint8]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from agrivision.data.finished import is_made_of
 from agrivision.data.pool import run_jobs
 from agrivision.data.raw import uncompressed
-from agrivision.data.schema import Schema, Split
+from agrivision.data.schema import MAX_TILE, Schema, Split
 from agrivision.data.shard_job import Job, Made, ShardMaker, plan_digest
 from agrivision.data.sharing import Common, Sharing, shared
 from agrivision.data.sources.agriculture_vision import open_agriculture_vision
@@ -85,6 +85,8 @@ class PrepareOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SourceError(f"{name} is {value}: it must be at least 1")
+        if self.tile > MAX_TILE:
+            raise SourceError(f"tile is {self.tile}: it must be at most {MAX_TILE}")
         if not (math.isfinite(self.val_fraction) and 0 <= self.val_fraction < 1):
             raise SourceError(f"val_fraction is {self.val_fraction}: it must be at least 0 and below 1")
 

@@ -203,8 +203,10 @@ def _strips(
     waiting = np.empty((0, scene.width), np.uint8)
     row = np.empty((0, 0), np.uint8)
     for number, record in enumerate(journal.records()):
-        content, start = np.frombuffer(zlib.decompress(record), np.uint8), 0
-        for x, y, x2, y2 in whole[number * batch_size : (number + 1) * batch_size]:
+        batch = whole[number * batch_size : (number + 1) * batch_size]
+        most = batch_size * tiling.tile**2  # a pixel is a byte; a record cannot ask for more
+        content, start = np.frombuffer(zlib.decompressobj().decompress(record, most), np.uint8), 0
+        for x, y, x2, y2 in batch:
             height, width = min(y2, scene.height) - y, min(x2, scene.width) - x
             if x == 0:
                 row = np.empty((height, scene.width), np.uint8)

@@ -121,7 +121,8 @@ def states(folder: Path) -> Target:
 
     def run(data: bytes) -> None:
         name, content = names[data[0] % len(names)] if data else names[0], data[1:]
-        (restored / name).write_bytes(content)
+        for other, whole in good.items():
+            (restored / other).write_bytes(whole if other != name else content)
         (restored / MANIFEST).write_bytes((place / MANIFEST).read_bytes())
         found = answer(lambda: checkpoint.load(restored), restored / name)
         assert (found is REFUSED) == (content != good[name])
@@ -132,7 +133,6 @@ def states(folder: Path) -> Target:
         if found is not REFUSED:
             state = found.states[name.partition(".")[0]]
             _check(state, name, content)
-        (restored / name).write_bytes(good[name])
 
     return Target(seeds=seeds, run=run, mutate=_mutate)
 

@@ -91,8 +91,8 @@ def _same(config: dict[str, Any], said: dict[str, Any]) -> bool:
     """Whether the values are those of the file, numbers that YAML 1.1 takes for text included."""
     for key, value in config.items():
         other = said[key]
-        if isinstance(value, float) and isinstance(other, str):
-            other = float(other)
+        if isinstance(value, int | float) and isinstance(other, str):
+            other = float(other) if isinstance(value, float) else int(other)
         if isinstance(value, str) and not isinstance(other, str):
             continue  # `path: 2024-01-01` is a date in YAML and a folder here
         if value != other:

@@ -16,15 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import simplejpeg
 import xxhash
 import yaml
 import zstandard
 from PIL import Image as Pillow
 from rasterio.transform import Affine
 
+from agrivision import checkpoint
 from agrivision.config import Config
 from agrivision.data.labels import compress, decompress_into
-from agrivision.data.parts import decode_part, decode_place, jpeg_shape, tiff_coordinates
+from agrivision.data.parts import _has_one_scan, decode_part, decode_place, jpeg_shape, tiff_coordinates
 from agrivision.data.schema import FILE_NAME, MAX_TILE, Part, Schema
 from agrivision.data.shards import Record, Shard, write_shard
 from agrivision.data.sources.masks import MaskReader
@@ -34,7 +36,7 @@ from agrivision.data.sources.source import Flaw, content_of
 from agrivision.data.sources.survey import _look
 from agrivision.data.workplace import Workplace
 from agrivision.ending import read_endings
-from agrivision.errors import BadInput, ConfigurationError, DatasetError, SourceError
+from agrivision.errors import BadInput, CheckpointError, ConfigurationError, DatasetError, SourceError
 from agrivision.evaluation.score import score_folder
 from agrivision.fence import read_owner
 from agrivision.inference.journal import read_records
@@ -43,7 +45,7 @@ from agrivision.monitor.metrics import keep_steps
 from agrivision.options import parse_train, read_config
 from agrivision.rundir import RunDirectory
 from launch.jobdir import JobDirectory, JobSpec
-from tests.fuzz import pngs, schema, tiff
+from tests.fuzz import checkpoints, pngs, schema, tiff
 
 SIDE = 16
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -176,6 +178,21 @@ def test_a_jpeg_that_says_it_is_huge_is_refused(memory):
     content[place : place + 4] = struct.pack(">HH", 65_500, 65_500)
     with pytest.raises(DatasetError, match="larger than any tile"):
         jpeg_shape(bytes(content))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused():
+    file = io.BytesIO()
+    Pillow.new("L", (512, 512), 77).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    assert jpeg_shape(content) == (512, 512, 1)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    with pytest.raises(DatasetError, match="scans"):
+        jpeg_shape(content[:-2] + scan * 5000 + content[-2:])
+    assert not _has_one_scan(content)
+    for colours in ({}, {"colorspace": "GRAY", "colorsubsampling": "Gray"}):
+        bands = 1 if colours else 3
+        plain = simplejpeg.encode_jpeg(np.zeros((SIDE, SIDE, bands), np.uint8), **colours)
+        assert _has_one_scan(plain)
 
 
 def test_tiffs_that_prepare_did_not_write_are_refused():
@@ -509,6 +526,19 @@ def test_a_note_with_another_number_is_none(tmp_path):
         place.own("parts.json").write_bytes(content)
         assert place.note("train", "00000") is None
         assert place.agreement() is None
+
+
+def test_a_state_of_a_checkpoint_is_an_object(tmp_path):
+    """`dict` takes a list of pairs as well."""
+    folder = checkpoint.save(tmp_path, {"progress": {"a": 1}}, step=1, epoch=0)
+    for content in (b'[["a", 1]]', DEEP):
+        (folder / "progress.json").write_bytes(content)
+        about = json.loads((folder / checkpoint.MANIFEST).read_bytes())
+        file = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+        fitting = json.dumps(about | {"files": {"progress.json": file}}).encode()
+        (folder / checkpoint.MANIFEST).write_bytes(checkpoints._fitted(fitting))
+        with pytest.raises(CheckpointError, match=r"progress\.json"):
+            checkpoint.load(folder)
 
 
 def test_png_pixels_by_hand_are_those_of_pillow():

@@ -399,7 +399,7 @@ def _handlers() -> Iterator[None]:
 @pytest.mark.usefixtures("_handlers")
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
 def test_signals_reach_the_step(cluster: Cluster, tmp_path: Path, name: str) -> None:
-    """One that comes while the ranks run, as from `--signal=B:USR1@60`; at a SIGTERM srun would kill."""
+    """One that comes while the ranks run, as from `--signal=B:USR1@60`; at SIGTERM srun would kill."""
     ranks(
         tmp_path,
         85,

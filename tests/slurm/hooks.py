@@ -31,7 +31,7 @@ MOMENTS = "AGRIVISION_TEST_MOMENTS"
 
 
 def moment(name: str, restart: int) -> str:
-    """The file in the folder MOMENTS that is made when an attempt begins with `saving`, `evaluating`."""
+    """The file that an attempt makes in the folder MOMENTS when it begins with `saving`, …"""
     return f"{name}-{restart}"
 
 

@@ -158,7 +158,7 @@ class Fault:
         for attempt in after:
             begin = attempt.from_step or 0
             reached = max([self.step, *(each.to_step or 0 for each in before)])
-            found["steps repeated"] = reached - begin
+            found["steps repeated"] = max(0, reached - begin)
             done = self._times().get(max(reached, begin + 1))
             if done is not None:
                 found["seconds lost"] = round(done - self.time, 1)
@@ -173,13 +173,13 @@ class Fault:
 def rank_pids(run: Run) -> dict[int, int]:
     """The processes of a run's ranks, by rank."""
     # srun's own command line ends with the same words, and its environment names no rank.
-    pids = processes(run, "agrivision", "train")
+    pids = processes(run.path, "agrivision", "train")
     found = {rank_of(pid): pid for pid in pids}
     return {rank: found[rank] for rank in sorted(found) if rank >= 0}
 
 
-def processes(run: Run, *words: str) -> list[int]:
-    """The processes whose command line names the run directory and the words."""
+def processes(*words: str | Path) -> list[int]:
+    """The processes whose command line has all of these words."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
@@ -187,7 +187,7 @@ def processes(run: Run, *words: str) -> list[int]:
                 command = set((process / "cmdline").read_bytes().split(b"\0"))
             except OSError:
                 continue
-            if {os.fsencode(word) for word in (run.path, *words)} <= command:
+            if {os.fsencode(word) for word in words} <= command:
                 found.append(int(process.name))
     return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import stat
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -154,6 +156,14 @@ def test_tensorboard(cluster: Cluster, trained: Path, tmp_path: Path) -> None:
     port = int(found[1])
     addresses = wait_for(lambda: listeners(port), 120, "it listens", cluster=cluster, number=number)
     assert addresses == {"0100007F"}
+    (log,) = tmp_path.glob("agrivision-*.out")
+    word = re.search(r"http://localhost:6006/([\w-]{32})/", log.read_text())
+    assert word is not None and stat.S_IMODE(log.stat().st_mode) == 0o600
+    for path, status in ((f"/{word[1]}/", 200), ("/", 404), ("/data/runs", 404)):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", path)
+        assert connection.getresponse().status == status
+        connection.close()
     jobs.cancel(cluster, number)
     wait_for_state(cluster, number, "CANCELLED", seconds=60)
     wait_for(lambda: not listeners(port), 30, "nobody listens any more")

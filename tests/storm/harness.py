@@ -316,9 +316,11 @@ def launched(plan: Plan, words: Sequence[str], ranks: int, said: Path) -> int:
         try:
             return process.wait(_ATTEMPT_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             raise AssertionError(f"an attempt hangs: see {plan.folder}") from None
+        finally:
+            if process.poll() is None:  # it hangs, or somebody has had enough of the storm
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def forked(plan: Plan, words: Sequence[str], ranks: int, said: Path) -> int:

@@ -71,8 +71,8 @@ def parse_classes(text: str) -> tuple[tuple[int, str], ...]:
     except ValueError:
         raise SourceError(f"classes {text!r}: write them as 0:vegetation,1:water") from None
     names = {name for _, name in classes} - {"", "valid"}
-    if len(names) < len(classes) or len(dict(classes)) < len(classes):
-        raise SourceError(f"classes {text!r}: each needs a value and a name of its own")
+    if len(names) < len(classes) or len(dict(classes)) < len(classes) or not text.isprintable():
+        raise SourceError(f"classes {text!r}: each needs a value and a plain name of its own")
     return classes
 
 
@@ -261,7 +261,7 @@ def _names(scenes: list[Scene], bands: Sequence[str] | None, alpha: int | None) 
         return tuple(bands)
     described = {scene.descriptions for scene in scenes}
     names = next(iter(described)) if len(described) == 1 else ()
-    if names and len(set(names)) == len(names):
+    if names and len(set(names)) == len(names) and all(map(str.isprintable, names)):
         return tuple(name for index, name in enumerate(names, 1) if index != alpha)
     count = scenes[0].count - (alpha is not None)
     return _USUAL_BANDS.get(count, tuple(f"band_{index}" for index in range(1, count + 1)))
