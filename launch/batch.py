@@ -84,9 +84,18 @@ class _Signals:
         self.received.append(signal.Signals(number))
         # Mostly Slurm has told the ranks itself, who hear it twice then; but with `--signal=B:…`, and
         # where somebody signals the batch side alone, nobody else does.
+        self._tell(number)
+
+    def _tell(self, number: int) -> None:
         if self.step is not None and self.step.poll() is None:
             # At SIGTERM srun kills its tasks at once, without their grace; others it hands on.
             self.step.send_signal(signal.SIGUSR1 if number == signal.SIGTERM else number)
+
+    def reach(self, step: subprocess.Popen[bytes]) -> None:
+        """Pass signals on to a step from now on, and those that came while it was being started."""
+        self.step = step
+        for number in self.received:
+            self._tell(number)
 
 
 def run(job: JobDirectory, signals: _Signals | None = None) -> int:
@@ -170,7 +179,7 @@ class _Batch:
             )
         except FileNotFoundError:
             raise BadInput("no srun on the PATH of the batch job") from None
-        self._signals.step = process
+        self._signals.reach(process)
         code = process.wait()
         return judge(read_endings(endings), code, self._place.ranks)
 

@@ -128,7 +128,7 @@ def raw(folder: Path) -> Target:
         assert pixels is REFUSED or pixels.astype("<u2").tobytes() == data
         found = answer(lambda: decode_place(data))
         if isinstance(found, Coordinates):
-            assert json.loads(data)["transform"] == list(found.transform)
+            assert list(map(float, json.loads(data)["transform"])) == list(found.transform)
             assert np.isfinite(found.transform).all() and json.loads(data)["crs"] == found.crs
             assert decode_place(encode_place(found)) == found
 

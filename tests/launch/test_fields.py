@@ -49,7 +49,7 @@ HOSTILE = st.one_of(
             "NONE",
             "a" * 9000,
             "gpu:2 --wrap=id",
-        ]  # fmt: skip
+        ]
     ),
 )
 
