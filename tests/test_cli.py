@@ -383,7 +383,7 @@ def test_a_full_disk_loses_nothing(ranks: int, dataset: Path, finished: Path, tm
     place = tmp_path / "small"
     with mounted(place, "1m"):
         (place / "ballast").write_bytes(bytes(740_000))
-        command = brief(dataset, place / "run")
+        command = [*brief(dataset, place / "run"), "--training.save_patience_minutes", "0"]
         endings = hear(command, ranks)
         assert [ending.code for ending in endings] == [ExitCode.FAILED] * ranks, endings
         assert "No space left on device" in endings[0].complaint
