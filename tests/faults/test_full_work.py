@@ -75,7 +75,8 @@ def test_predict_keeps_what_it_has_made(size: str, trained: TrainedModel, tmp_pa
     inputs, options = [source, scene], PredictOptions(batch_size=1, threads=0, tile=32)
     predict(trained, inputs, tmp_path / "reference", options)
     with small_disk(tmp_path / "disk", size) as disk:
-        with pytest.raises(StorageError, match="No space left on device") as error:
+        # GDAL itself does not say why the last bytes of a scene are missing.
+        with pytest.raises(StorageError, match="No space left on device|is the disk full") as error:
             predict(trained, inputs, disk / "out", options)
         assert "\n" not in str(error.value)
         reference = tree(tmp_path / "reference")
