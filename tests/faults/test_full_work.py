@@ -76,7 +76,7 @@ def test_predict_keeps_what_it_has_made(size: str, trained: TrainedModel, tmp_pa
     predict(trained, inputs, tmp_path / "reference", options)
     with small_disk(tmp_path / "disk", size) as disk:
         # GDAL itself does not say why the last bytes of a scene are missing.
-        with pytest.raises(StorageError, match="No space left on device|is the disk full") as error:
+        with pytest.raises(StorageError, match=r"No space left on device|is the disk full") as error:
             predict(trained, inputs, disk / "out", options)
         assert "\n" not in str(error.value)
         reference = tree(tmp_path / "reference")
