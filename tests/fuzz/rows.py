@@ -78,7 +78,7 @@ def ending(folder: Path) -> Target:
         for found in read_endings(folder):
             content = json.loads(data)
             assert (found.rank, found.code, found.line) == (3, content["code"], content["line"])
-            assert (found.traceback, found.time) == (content["traceback"], content["time"])
+            assert (found.traceback, found.time) == (content["traceback"], float(content["time"]))
             assert type(found.code) is int and type(found.line) is str and math.isfinite(found.time)
 
     return Target(seeds=seeds, run=run, mutate=mutate_json)
