@@ -142,6 +142,5 @@ def test_valid_convolutions_are_for_the_own_encoder() -> None:
 
 def test_a_refused_print_config_does_not_answer_the_next_command_line(tmp_path: Path) -> None:
     words = ["--run_dir", str(tmp_path)]
-    with pytest.raises(BadInput):
-        parse_train([*words, "--print_config", "--optimizer.lr", "fast"])
+    assert main(["train", *words, "--print_config", "--optimizer.lr", "fast"]) == ExitCode.BAD_INPUT
     assert parse_train(words).run_dir == tmp_path
