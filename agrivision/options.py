@@ -97,8 +97,6 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     for given in _values_of(arguments, "--config"):
         _check_file(Path(given))
     parser = train_parser()
-    # A --print_config beside something wrong would wait there for the next command line.
-    vars(parser).pop("print_config", None)
     try:
         parsed = parser.parse_args(arguments)
         values = flatten(parsed.as_dict())

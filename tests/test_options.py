@@ -138,9 +138,3 @@ def test_no_run_directory() -> None:
 def test_valid_convolutions_are_for_the_own_encoder() -> None:
     with pytest.raises(ConfigurationError, match="valid"):
         parse_train(["--run_dir", "r", "--model.encoder", "resnet18", "--model.convolution", "valid"])
-
-
-def test_a_refused_print_config_does_not_answer_the_next_command_line(tmp_path: Path) -> None:
-    words = ["--run_dir", str(tmp_path)]
-    assert main(["train", *words, "--print_config", "--optimizer.lr", "fast"]) == ExitCode.BAD_INPUT
-    assert parse_train(words).run_dir == tmp_path
