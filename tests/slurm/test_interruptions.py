@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agrivision.errors import ExitCode
-from launch.cluster import Cluster, ClusterError
+from launch.cluster import Cluster
 from tests.slurm import jobs
 from tests.slurm.hooks import MOMENTS, moment
 from tests.slurm.jobs import preempt, state
@@ -390,17 +390,21 @@ def listens(pid: int) -> bool:
 
 
 def signal_until_it_decides(run: Run, attempt: int) -> int:
-    """Signal the ranks of a job, as Slurm does it, until an attempt is over; returns how often."""
+    """Signal the ranks of a job until an attempt is over; returns how often.
+
+    By their processes and not with `scancel --signal`: that would reach the next attempt too, if this
+    one has just left.
+    """
     count = 0
 
     def decided() -> bool:
         nonlocal count
         if len(run.decisions) > attempt or run.decisions[attempt - 1]:
             return True
-        name = ("USR1", "TERM")[count % 2]
-        with suppress(ClusterError):  # the step is not there yet, or not any more
-            run.cluster.run("scancel", f"--signal={name}", run.number)
-            count += 1
+        for pid in rank_pids(run).values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, (signal.SIGUSR1, signal.SIGTERM)[count % 2])
+                count += 1
         return False
 
     run.wait(decided, 120, f"attempt {attempt} leaves")
