@@ -51,6 +51,7 @@ class Ready:
 
     def __init__(self, order: Order, world: World, side: int, *, pinned: bool = False) -> None:
         self.order, self.waited = order, 0.0
+        self.reader = range(order.size)  # of which the trainer asks the number of tiles alone
         mine = order.share(world.rank, world.size)
         random = torch.Generator().manual_seed(world.rank)
         samples = mine.stop - mine.start
@@ -78,6 +79,9 @@ class Ready:
 
     def seek(self, cursor: int) -> None:
         """Every position is the same."""
+
+    def isolate(self, quarantine: object, micro: int) -> None:
+        """No tile is damaged."""
 
 
 def network(settings: Config, device: torch.device) -> nn.Module:
