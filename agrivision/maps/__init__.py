@@ -1,0 +1,1 @@
+"""Finished maps → what people open: layers with styles, polygons, tables, a page."""
