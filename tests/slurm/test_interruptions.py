@@ -193,14 +193,16 @@ def test_a_killed_batch_side(
     """Nobody is left to requeue the job: the same command goes on with the run."""
     run = train(every_cluster, dataset, tmp_path / "run")
     run.reach(3)
-    shell = int(every_cluster.run("scontrol", "listpids", run.number).split()[5])
+    rows = [line.split() for line in every_cluster.run("scontrol", "listpids", run.number).splitlines()]
+    (shell,) = (int(pid) for pid, _, step, local, _ in rows if (step, local) == ("batch", "0"))
     stopwatch(run)
     os.kill(shell, signal.SIGKILL)
     assert run.end() == "FAILED"
     again = train(every_cluster, dataset, run.path)
     assert again.end() == "COMPLETED", again.log
     again.assert_whole(references.get())
-    assert again.attempts[0].ended is None and len(again.attempts) == 2
+    # Slurm ends what the shell leaves behind, and may be quicker than the batch side's last line.
+    assert again.decisions in (["left completing", "done"], ["", "done"])
 
 
 @pytest.mark.row(15)
