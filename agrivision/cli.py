@@ -282,27 +282,42 @@ def _score(argv: list[str]) -> ExitCode:
 
 def _predict(argv: list[str]) -> ExitCode:
     parser = _parser("predict")
-    _add_checkpoint(parser)
     parser.add_argument(
-        "inputs", type=str, nargs="+", help="data set, Agriculture-Vision folder, scenes"
+        "--checkpoint",
+        type=str,
+        action="append",
+        required=True,
+        help="run directory, checkpoint or exported network; given several times, they are averaged",
+    )
+    _add_network(parser)
+    parser.add_argument(
+        "inputs",
+        type=str,
+        nargs="+",
+        help="data set, Agriculture-Vision folder, scenes, folder of scenes, list of paths (.txt)",
     )
     parser.add_argument("--out", type=str, required=True, help="folder for the maps")
     parser.add_argument("--split", type=str, default=None, help="of a data set; default: all")
-    parser.add_argument("--tile", type=int, default=None, help="side of a window on a scene, in pixels")
-    parser.add_argument("--margin", type=int, default=None, help="read around each window, in pixels")
+    _add_scene_options(parser)
+    _add_product_options(parser)
     _add_allow_vrt(parser)
     parser.add_argument("--part", type=str, default="0/1", help=_PART_HELP)
     args = parser.parse_args(argv)
     stop = StopRequest().listen()
     from agrivision.console import say
+    from agrivision.inference.exported import load_model
     from agrivision.inference.predict import PredictOptions, predict
-    from agrivision.inference.trained import load_run
+    from agrivision.inference.products import Products
+    from agrivision.inference.ranks import own_share
+    from agrivision.inference.scene import Taking
     from agrivision.monitor.log import configure_log
     from agrivision.monitor.progress import progress
     from agrivision.part import Part
+    from agrivision.world import World
 
-    configure_log(0, None)
-    part = Part.parse(args.part)
+    world = World.from_environment()
+    configure_log(world.rank, None)
+    part, device = own_share(Part.parse(args.part), world)
     options = PredictOptions(
         split=args.split,
         batch_size=args.batch_size,
@@ -310,12 +325,30 @@ def _predict(argv: list[str]) -> ExitCode:
         precision=args.precision,
         tile=args.tile,
         margin=args.margin,
+        overlap=args.overlap,
+        symmetries=args.symmetries,
+        taking=Taking(
+            bands=_names(args.bands),
+            scale=args.scale,
+            fill_missing=args.fill_missing,
+            resolution=args.resolution,
+        ),
+        products=Products(
+            confidence=args.confidence,
+            probabilities=args.probabilities,
+            polygons=args.polygons,
+            background=args.background,
+            smallest=args.smallest,
+            simplify=args.simplify,
+            fields=None if args.fields is None else Path(args.fields),
+            field_name=args.field_name,
+        ),
         allow_vrt=args.allow_vrt,
     )
     inputs = [Path(path) for path in args.inputs]
-    with progress("predicting", unit="tile") as bar:
+    with progress("predicting", unit="tile", show=world.is_main) as bar:
         summary = predict(
-            load_run(args.checkpoint),
+            [load_model(Path(path), device) for path in args.checkpoint],
             inputs,
             Path(args.out),
             options,
@@ -328,8 +361,82 @@ def _predict(argv: list[str]) -> ExitCode:
     return ExitCode.DONE
 
 
+def _add_scene_options(parser: _Parser) -> None:
+    """How a scene is cut, and how it is taken where it is not like the tiles of the training."""
+    parser.add_argument("--tile", type=int, default=None, help="side of a window on a scene, in pixels")
+    parser.add_argument("--margin", type=int, default=None, help="read around each window, in pixels")
+    parser.add_argument(
+        "--overlap", type=int, default=None, help="shared by neighbouring windows, in pixels"
+    )
+    parser.add_argument(
+        "--symmetries", action="store_true", help="look from all eight sides and average: 8 x the work"
+    )
+    parser.add_argument(
+        "--bands", type=str, default="", help="where each band of the training is: 4,1,2,3 or names"
+    )
+    parser.add_argument(
+        "--scale", type=str, default=None, help="other types of pixels: a factor, range or statistics"
+    )
+    parser.add_argument(
+        "--fill_missing", action="store_true", help="take a band that is missing as even"
+    )
+    parser.add_argument(
+        "--resolution", type=float, default=None, help="resample scenes to so many metres a pixel"
+    )
+
+
+def _add_product_options(parser: _Parser) -> None:
+    """What is made of a scene besides its map."""
+    parser.add_argument(
+        "--confidence", action="store_true", help="a layer with the probability of the class"
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="a layer with the probabilities of all classes"
+    )
+    parser.add_argument("--polygons", action="store_true", help="as GeoPackage and GeoJSON")
+    parser.add_argument("--background", action="store_true", help="polygons of class 0, too")
+    parser.add_argument(
+        "--smallest", type=float, default=0.0, help="m²: smaller areas join their largest neighbour"
+    )
+    parser.add_argument(
+        "--simplify", type=float, default=0.0, help="metres that outlines may move; they stay joined"
+    )
+    parser.add_argument(
+        "--fields", type=str, default=None, help="vector layer of fields: a table of hectares by field"
+    )
+    parser.add_argument("--field_name", type=str, default=None, help="its column with the fields' names")
+
+
+def _export(argv: list[str]) -> ExitCode:
+    parser = _parser("export")
+    parser.add_argument("--checkpoint", type=str, required=True, help="run directory or checkpoint")
+    parser.add_argument(
+        "--format", choices=("safetensors", "torch-export", "onnx"), required=True, help="of the file"
+    )
+    parser.add_argument("--out", type=str, required=True, help="file: .safetensors, .pt2 or .onnx")
+    parser.add_argument("--data", type=str, default=None, help="to compare on; default: the run's own")
+    parser.add_argument("--split", type=str, default=None, help="of the data set; default: val")
+    parser.add_argument("--tiles", type=int, default=8, help="tiles to compare on")
+    args = parser.parse_args(argv)
+    from agrivision.console import say
+    from agrivision.inference.export import export, find_samples
+    from agrivision.inference.exported import load_model
+    from agrivision.monitor.log import configure_log
+
+    configure_log(0, None)
+    trained = load_model(args.checkpoint)
+    samples = find_samples(trained, args.data and Path(args.data), args.split, args.tiles)
+    for line in export(trained, Path(args.out), args.format, samples).lines():
+        say(line)
+    return ExitCode.DONE
+
+
 def _add_checkpoint(parser: _Parser) -> None:
     parser.add_argument("--checkpoint", type=str, required=True, help="run directory or checkpoint")
+    _add_network(parser)
+
+
+def _add_network(parser: _Parser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="tiles in one forward pass")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
@@ -358,4 +465,5 @@ _COMMANDS: dict[str, tuple[str, _Command]] = {
     "evaluate": ("score a run on a split", _evaluate),
     "score": ("score anybody's class-id PNGs", _score),
     "predict": ("tiles and scenes to class-id maps", _predict),
+    "export": ("a trained network to one file: safetensors, torch.export or ONNX", _export),
 }

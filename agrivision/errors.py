@@ -81,6 +81,10 @@ class StorageError(AgrivisionError):
     """Writing failed: a full disk, a quota, a file system that went away."""
 
 
+class Unfaithful(AgrivisionError):
+    """A network that gives other probabilities in its exported form than in the run: not written."""
+
+
 class PeerLost(AgrivisionError):
     """Another rank of the run failed or disappeared."""
 

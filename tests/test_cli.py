@@ -26,7 +26,7 @@ from tests.heard import hear, hear_one, refusal
 from tests.ranks import run
 from tests.training.runs import arguments, assert_same, last_bits, samples
 
-COMMANDS = ["synthesize", "prepare", "inspect", "train", "evaluate", "score", "predict"]
+COMMANDS = ["synthesize", "prepare", "inspect", "train", "evaluate", "score", "predict", "export"]
 BRIEF = {
     "training__epochs": 2,
     "training__checkpoint_every_steps": 2,

@@ -495,6 +495,7 @@ def _describe(source: Source, jobs: Sequence[Job], made: Sequence[Made]) -> Sche
         class_values=source.class_values,
         unscored=source.unscored,
         nodata=source.nodata,
+        resolution=source.resolution,
         splits={
             name: _split(shards[name], sums[name], labelled=name not in source.unlabelled)
             for name in sums

@@ -118,6 +118,7 @@ class Schema:
         splits: by name.
         statistics: of the bands.
         nodata: a pixel with this value in all bands holds no data; None where there is no such value.
+        resolution: metres a pixel, the median over the scenes; None where nothing says where they lie.
     """
 
     source: str
@@ -131,6 +132,7 @@ class Schema:
     splits: dict[str, Split]
     statistics: BandStatistics
     nodata: float | None = None
+    resolution: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.classes) <= MAX_CLASSES - len(self.unscored):
@@ -200,6 +202,8 @@ class Schema:
             for name, split in self.splits.items()
         }
         fields["statistics"] = vars(self.statistics)
+        if self.resolution is None:  # tiles without coordinates; and data sets of earlier versions
+            del fields["resolution"]
         fields["classes"] = [{"id": i, "name": name} for i, name in enumerate(self.classes)]
         return {"format": FORMAT, "version": VERSION, **fields, "label_bits": self.label_bits}
 
@@ -264,6 +268,7 @@ def _parse(cls: type[Schema], content: dict[str, Any]) -> Schema:
         class_values=tuple(whole(value, -(2**63)) for value in items(content["class_values"])),
         unscored=tuple(map(label, texts(content["unscored"]))),
         nodata=None if content["nodata"] is None else number(content["nodata"]),
+        resolution=number(content["resolution"]) if "resolution" in content else None,
         splits={name(key): _parse_split(split) for key, split in entries(content["splits"]).items()},
         statistics=_parse_statistics(content["statistics"]),
     )

@@ -47,7 +47,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     reader: SplitReader,
-    normaliser: Normaliser,
+    normaliser: Normaliser | None,
     ranks: Ranks,
     device: torch.device,
     *,
@@ -63,7 +63,8 @@ def evaluate(
     Args:
         model: any network that `dense_logits` takes; it is left in evaluation mode.
         reader: of the split.
-        normaliser: with the statistics that the model was trained with.
+        normaliser: with the statistics that the model was trained with; None where the model takes
+            pixels as they are and gives probabilities of them, as an exported one does.
         ranks: each takes its turn at the batches; all get the same result.
         device: where the model is.
         batch_size: tiles in one forward pass.
@@ -188,10 +189,16 @@ def _in_step(
 
 @torch.inference_mode()
 def _predict(
-    model: nn.Module, batch: Batch, normaliser: Normaliser, device: torch.device, precision: Precision
+    model: nn.Module,
+    batch: Batch,
+    normaliser: Normaliser | None,
+    device: torch.device,
+    precision: Precision,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities (tiles, classes, height, width) float32 and label bits (tiles, height, width)."""
     pixels = batch.pixels.to(device)
     with autocast(device, precision):
+        if normaliser is None:
+            return model(pixels.images().float()), pixels.label_bits()
         logits = dense_logits(model, normaliser(pixels.images()))
     return logits.float().softmax(1), pixels.label_bits()

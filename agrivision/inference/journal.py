@@ -20,13 +20,14 @@ import torch
 import xxhash
 
 from agrivision import __version__
+from agrivision.errors import NotWritable
 from agrivision.inference.trained import TrainedModel
 from agrivision.locks import FileLock, Patience
 from agrivision.part import Stop, never
 from agrivision.storage import storage_error
 
 FOLDER = ".predict"
-_HALF = re.compile(r"\.(.+)\.[0-9]+\.part(?:\.tif)?", re.DOTALL)
+_HALF = re.compile(r"\.(.+)\.[0-9]+\.part(?:\.[a-z]+)*", re.DOTALL)
 _FRAME = struct.Struct("<IQ")  # length and XXH3-64 of what follows
 
 
@@ -57,7 +58,7 @@ def remove_leftovers(folder: Path, names: Container[str]) -> None:
 
     Args:
         folder: of the files.
-        names: of the files; of a map, its stem.
+        names: of the files, or their stems where the suffix comes last.
 
     Raises:
         StorageError, NotWritable: the disk refused.
@@ -67,6 +68,20 @@ def remove_leftovers(folder: Path, names: Container[str]) -> None:
             match = _HALF.fullmatch(path.name)
             if match is not None and match[1] in names:
                 path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; one that is there already is left as it is.
+
+    Raises:
+        StorageError, NotWritable: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotWritable(f"cannot write into {folder}: it is no folder") from None
     except OSError as error:
         raise storage_error(folder, error) from error
 

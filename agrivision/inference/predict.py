@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from agrivision.data.schema import FILE_NAME
 from agrivision.data.sources.guard import ALLOW_VRT, DRIVERS, VRT, is_raster
 from agrivision.data.sources.layouts import LAYOUTS
 from agrivision.errors import BadInput, SourceError
-from agrivision.inference.scenes import check_outputs, count_windows, predict_scene
-from agrivision.inference.tiles import LABELS, PRESENCE, SUBMISSION, make_folder, predict_tiles, shares
+from agrivision.inference.journal import make_folder
+from agrivision.inference.predictor import Predictor
+from agrivision.inference.products import Products, make_products, outputs
+from agrivision.inference.scene import Taking, look
+from agrivision.inference.scenes import How, SceneWork
+from agrivision.inference.tiles import LABELS, PRESENCE, SUBMISSION, predict_tiles, shares
 from agrivision.inference.tilesets import Tiles, check_keys, grouped, open_dataset, open_folder
+from agrivision.inference.tiling import Tiling
 from agrivision.inference.trained import Description, TrainedModel
-from agrivision.inference.windows import Tiling, look
 from agrivision.model.precision import Precision
 from agrivision.monitor.progress import Progress, progress
 from agrivision.part import WHOLE, Part, Stop, never
 
 logger = logging.getLogger(__name__)
 
+LIST = ".txt"  # suffix of a file that names inputs, one a line
 _SHOWN = 5
 
 
@@ -37,6 +41,11 @@ class PredictOptions:
         precision: of the forward pass.
         tile: side in pixels of the windows of a scene; None takes that of the training tiles.
         margin: pixels that the network sees around each window; None takes an eighth of the tile.
+        overlap: pixels that neighbouring windows share, where one fades into the other; None takes an
+            eighth of the tile.
+        symmetries: show everything to the network in all eight positions of a square, and average.
+        taking: of scenes that are not like the tiles of the training.
+        products: what is made of a scene besides the map.
         allow_vrt: take VRTs whose sources are plain files.
     """
 
@@ -46,10 +55,14 @@ class PredictOptions:
     precision: Precision = "fp32"
     tile: int | None = None
     margin: int | None = None
+    overlap: int | None = None
+    symmetries: bool = False
+    taking: Taking = field(default_factory=Taking)
+    products: Products = field(default_factory=Products)
     allow_vrt: bool = False
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "threads": 0, "tile": 1, "margin": 0}
+        least = {"batch_size": 1, "threads": 0, "tile": 1, "margin": 0, "overlap": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -65,18 +78,22 @@ class PredictSummary:
         tiles: number of class-id PNGs.
         maps: GeoTIFFs of the scenes.
         missing: tiles of other parts without which there is no submission yet.
+        unfinished: scenes whose maps lack blocks of other parts yet.
     """
 
     out: Path
     tiles: int
     maps: tuple[Path, ...]
     missing: int = 0
+    unfinished: tuple[Path, ...] = ()
 
     def lines(self) -> list[str]:
         """For people."""
         lines = [str(path) for path in self.maps[:_SHOWN]]
         if len(self.maps) > _SHOWN:
             lines.append(f"and {len(self.maps) - _SHOWN} more maps in {self.out}")
+        if self.unfinished:
+            lines.append(f"{len(self.unfinished)} scenes lack what other parts do")
         if self.missing:
             lines.append(
                 f"{self.tiles} tiles in {self.out / LABELS}; {self.missing} of other parts are still"
@@ -96,7 +113,7 @@ class _Found:
 
 
 def predict(
-    trained: TrainedModel,
+    trained: TrainedModel | Sequence[TrainedModel],
     inputs: Sequence[Path],
     out: Path,
     options: PredictOptions,
@@ -111,48 +128,129 @@ def predict(
     again: the same call goes on where it was interrupted. `out/.predict` holds what is known of it.
 
     Args:
-        trained: the network.
-        inputs: prepared data sets, Agriculture-Vision folders, raster files, and folders that hold
-            rasters or have them in `scenes/`, in any mixture.
+        trained: the network, or several whose probabilities are averaged.
+        inputs: prepared data sets, Agriculture-Vision folders, raster files, folders that hold rasters
+            or have them in `scenes/`, and lists of these (`.txt`, a path a line), in any mixture.
         out: folder, made where missing. Tiles become `labels/KEY.png`, `submission.zip` and
-            `presence.csv`, scenes `STEM.tif` and `STEM.png`. Files of these names are replaced, each
-            at once when its successor is whole; any others are left alone.
+            `presence.csv`, scenes `STEM.tif` and what belongs to it, see `Products`. Files of these
+            names are replaced, each at once when its successor is whole; any others are left alone.
         options: how.
         bar: entered already; it is told how much there is to do, in tiles and windows.
-        part: which scenes and batches of tiles to predict, beside processes that predict the others
-            into the same folder. The one that finds all tiles there writes `submission.zip` and
-            `presence.csv`.
-        stop: whether to stop before the next batch.
+        part: which batches of tiles and blocks of scenes to predict, beside processes that predict the
+            others into the same folder. The one that finds all of a scene's blocks there puts its map
+            together; the one that finds all tiles there writes `submission.zip` and `presence.csv`.
+        stop: whether to stop before the next batch or block.
 
     Raises:
+        BadInput: the networks do not belong together.
         Busy: another process predicts the same, and goes on doing so.
         SourceError: an input is of no known kind, does not fit the network or cannot be read.
         DatasetError: a prepared data set lacks the split, or is damaged.
         Interrupted: asked to stop; the same call goes on.
         StorageError, NotWritable: the disk refused.
     """
-    found = _find(inputs, out, options, trained.description)
+    networks = [trained] if isinstance(trained, TrainedModel) else trained
+    predictor = Predictor.of(networks, symmetries=options.symmetries, precision=options.precision)
+    description = predictor.description
+    found = _find(_listed(inputs), out, options, description)
     check_keys(found.tiles)
-    check_outputs(found.scenes, out)
-    paths = [path for place, path in enumerate(found.scenes) if part.takes(place)]
-    scenes = [look(path, trained.description) for path in paths]
-    tiling = Tiling.of(trained.description, options.tile, options.margin)
+    check_outputs(found.scenes, out, options.products)
+    how = How(
+        predictor=predictor,
+        tiling=Tiling.of(description, options.tile, options.margin, options.overlap),
+        batch_size=options.batch_size,
+        threads=options.threads,
+        confidence=options.products.needs_confidence,
+        probabilities=options.products.probabilities,
+    )
+    options.products.check()
+    scenes = [look(path, description, options.taking) for path in found.scenes]
+    works = [SceneWork(scene, out, how) for scene in scenes]
+    shared = list(_shared(works, part))
     tiles = _count_tiles(found.tiles, options.batch_size, part)
     bar = bar or progress("predicting", unit="tile", show=False)
-    bar.total(tiles + sum(count_windows(scene, tiling) for scene in scenes))
-    how: dict[str, Any] = {
-        "batch_size": options.batch_size,
-        "threads": options.threads,
-        "precision": options.precision,
-        "report": bar.advance,
-        "stop": stop,
-    }
+    bar.total(tiles + sum(work.windows(blocks) for work, blocks in shared))
     make_folder(out)
     missing = 0
     if any(each.keys for each in found.tiles):
-        missing = predict_tiles(trained, found.tiles, out, **how, part=part)
-    maps = [predict_scene(trained, scene, out, tiling, **how) for scene in scenes]
-    return PredictSummary(out=out, tiles=tiles, maps=tuple(maps), missing=missing)
+        missing = predict_tiles(
+            predictor,
+            found.tiles,
+            out,
+            batch_size=options.batch_size,
+            threads=options.threads,
+            report=bar.advance,
+            part=part,
+            stop=stop,
+        )
+    done: list[Path] = []
+    unfinished: list[Path] = []
+    for work, blocks in shared:
+        there = _predict_scene(work, blocks, options.products, bar, stop)
+        (done if there else unfinished).append(work.layers.map)
+    return PredictSummary(
+        out=out, tiles=tiles, maps=tuple(done), missing=missing, unfinished=tuple(unfinished)
+    )
+
+
+def _shared(works: Sequence[SceneWork], part: Part) -> Iterator[tuple[SceneWork, list[int]]]:
+    """Which blocks of each scene are a part's: by their place among the blocks of all scenes."""
+    start = 0
+    for work in works:
+        yield work, [block for block in range(work.grid.blocks) if part.takes(start + block)]
+        start += work.grid.blocks
+
+
+def _predict_scene(
+    work: SceneWork, blocks: Sequence[int], products: Products, bar: Progress, stop: Stop
+) -> bool:
+    """Do a part's share of a scene; returns whether its map is there."""
+    if work.is_finished:
+        bar.advance(work.windows(blocks))
+    else:
+        work.predict(blocks, bar.advance, stop)
+    return work.finish(lambda finished: make_products(finished, products), stop)
+
+
+def _listed(inputs: Sequence[Path]) -> list[Path]:
+    """The inputs, lists replaced by what they name."""
+    found: list[Path] = []
+    for path in inputs:
+        if path.suffix.lower() != LIST or not path.is_file():
+            found.append(path)
+            continue
+        try:
+            lines = [line.strip() for line in path.read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"{path} is no list of paths: {error}") from None
+        named = [path.parent / line for line in lines if line and not line.startswith("#")]
+        for each in named:
+            if not each.exists():
+                raise SourceError(f"{path} names {each}, which does not exist")
+        found.extend(named)
+    return found
+
+
+def check_outputs(paths: Sequence[Path], out: Path, products: Products) -> None:
+    """Check that every scene has a map of its own and that none takes the place of an input.
+
+    Raises:
+        SourceError: two scenes have the same stem, or `out` is where the scenes are.
+    """
+    inputs = {path.resolve() for path in paths}
+    taken: dict[str, Path] = {}
+    for path in paths:
+        for target in outputs(path, out, products):
+            if target.name in taken:
+                raise SourceError(
+                    f"{taken[target.name]} and {path} would both become {target}: rename one, or"
+                    " predict them into different folders"
+                )
+            taken[target.name] = path
+            if target.resolve() in inputs:
+                raise SourceError(
+                    f"the prediction of {path} would overwrite {target}: choose another --out"
+                )
 
 
 def _count_tiles(sets: Sequence[Tiles], batch_size: int, part: Part) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 
 from agrivision.data.parts import geodata
 from agrivision.data.sources.rasters import attempt
+from agrivision.inference.scene import Scene
 from agrivision.inference.trained import Description
-from agrivision.inference.windows import Scene
 from agrivision.monitor.pictures import INVALID, composite, enlarge, paint, save_png, sheet
 
 SIDE = 1024  # pixels: the longest side of a pane
@@ -35,8 +35,9 @@ def write_quicklook(
     factor = min(1.0, SIDE / max(scene.height, scene.width))
     shape = (max(1, round(scene.height * factor)), max(1, round(scene.width * factor)))
     average = geodata().enums.Resampling.average
-    image = attempt(
-        scene.path, lambda: dataset.read(list(scene.bands), out_shape=shape, resampling=average)
+    there = [band for band in scene.bands if band is not None]
+    image = scene.scaled(
+        attempt(scene.path, lambda: dataset.read(there, out_shape=shape, resampling=average))
     )
     ids = finished.read(1, out_shape=shape)  # the nearest pixel: ids have no average
     valid = np.not_equal(ids, int(finished.nodata))

@@ -1,314 +1,405 @@
-"""Scenes → class-id GeoTIFFs on the same grid, window by window, and a picture of each."""
+"""A scene → its map: block by block, resumable, and put together by whoever finds all blocks there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from agrivision.data.parts import geodata
 from agrivision.data.sources.guard import files_of
-from agrivision.data.sources.rasters import opened, windows
-from agrivision.data.sources.source import Flaw
-from agrivision.errors import Interrupted, SourceError, StorageError
+from agrivision.data.sources.rasters import opened
+from agrivision.data.sources.source import Flaw, Window
+from agrivision.errors import Interrupted, StorageError
 from agrivision.inference.ahead import one_ahead
-from agrivision.inference.journal import FOLDER, Journal, fingerprint, remove_leftovers, stamp
-from agrivision.inference.quicklook import write_quicklook
-from agrivision.inference.trained import TrainedModel
-from agrivision.inference.windows import Scene, Tiling, read_window, unreadable
-from agrivision.model.precision import Precision
-from agrivision.monitor.pictures import PALETTE
+from agrivision.inference.assemble import assemble, keep
+from agrivision.inference.blend import Values, add_up
+from agrivision.inference.journal import FOLDER, fingerprint, make_folder, remove_leftovers, stamp
+from agrivision.inference.predictor import Predictor
+from agrivision.inference.reading import Cut, ScenePixels, open_scene, read_block
+from agrivision.inference.scene import Scene, unreadable
+from agrivision.inference.store import BlockFolder
+from agrivision.inference.tiling import Block, Grid, Tiling
+from agrivision.locks import FileLock
+from agrivision.maps.cog import write_cog
+from agrivision.maps.legend import NODATA, Legend
 from agrivision.part import Stop, never
-from agrivision.storage import storage_error, sync_folder, write_atomically
+from agrivision.storage import remove_tree, storage_error, write_atomically
 
-NODATA = 255
 SCENES = "scenes"  # folder of what is known of them, in OUT/.predict
-_BLOCK = 512  # pixels
+_BLOCK = 512  # pixels: side of the blocks of a file
+_POLL_SECONDS = 0.2
+_KINDS = {"map": "", "confidence": ".confidence", "probabilities": ".probabilities"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cut:
-    """A window as it was read.
+class How:
+    """How scenes are predicted.
 
     Attributes:
-        pixels: (bands, height, width), margin included.
-        valid: bool, of the part of the window that lies in the scene.
+        predictor: what maps are made with.
+        tiling: how scenes are cut.
+        batch_size: windows in one forward pass.
+        threads: with any, one reads the next block while the network computes.
+        confidence: whether to write the layer of the winning class's probability.
+        probabilities: whether to write a layer with the probabilities of all classes.
     """
 
-    pixels: NDArray[Any]
-    valid: NDArray[np.bool_]
+    predictor: Predictor
+    tiling: Tiling
+    batch_size: int = 8
+    threads: int = 2
+    confidence: bool = False
+    probabilities: bool = False
+
+    @property
+    def legend(self) -> Legend:
+        """The classes of the maps."""
+        return Legend(classes=self.predictor.description.classes)
+
+    @cached_property
+    def _networks(self) -> list[str]:
+        return [fingerprint(network) for network in self.predictor.networks]
+
+    def digest(self, scene: Scene) -> str:
+        """Of everything that the layers of a scene's map depend on."""
+        about = (
+            self._networks,
+            self.predictor.symmetries,
+            self.predictor.precision,
+            self.tiling,
+            self.batch_size,
+            self.probabilities,
+            scene,
+            [stamp(path) for path in files_of(scene.path)],
+        )
+        return xxhash.xxh3_128_hexdigest(repr(about).encode())
 
 
-def count_windows(scene: Scene, tiling: Tiling) -> int:
-    """How many windows a scene has."""
-    return -(-scene.height // tiling.tile) * -(-scene.width // tiling.tile)
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """The rasters of a finished map, all on one grid.
 
-
-def outputs(path: Path, out: Path) -> tuple[Path, Path]:
-    """The map and the picture that a scene's prediction writes."""
-    return out / f"{path.stem}.tif", out / f"{path.stem}.png"
-
-
-def check_outputs(paths: Sequence[Path], out: Path) -> None:
-    """Check that every scene has a map of its own and that none takes the place of a scene.
-
-    Raises:
-        SourceError: two scenes have the same stem, or `out` is where the scenes are.
+    Attributes:
+        map: class ids.
+        confidence: None where it was not asked for.
+        probabilities: None where they were not asked for.
     """
-    inputs = {path.resolve() for path in paths}
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in seen:
-            raise SourceError(
-                f"{seen[path.stem]} and {path} would both become {out / path.stem}.tif: rename one, or"
-                " predict them into different folders"
-            )
-        seen[path.stem] = path
-        for target in outputs(path, out):
-            if target.resolve() in inputs:
-                raise SourceError(
-                    f"the prediction of {path} would overwrite {target}: choose another --out"
-                )
+
+    map: Path
+    confidence: Path | None = None
+    probabilities: Path | None = None
+
+    @classmethod
+    def of(cls, scene: Path, out: Path, how: How) -> Layers:
+        """Where a scene's layers belong."""
+        paths = {kind: out / f"{scene.stem}{suffix}.tif" for kind, suffix in _KINDS.items()}
+        return cls(
+            map=paths["map"],
+            confidence=paths["confidence"] if how.confidence else None,
+            probabilities=paths["probabilities"] if how.probabilities else None,
+        )
+
+    def paths(self) -> dict[str, Path]:
+        """Those that are made, by kind."""
+        found = {kind: getattr(self, kind) for kind in _KINDS}
+        return {kind: path for kind, path in found.items() if path is not None}
 
 
-def predict_scene(
-    trained: TrainedModel,
-    scene: Scene,
-    out: Path,
-    tiling: Tiling,
-    *,
-    batch_size: int,
-    threads: int,
-    precision: Precision,
-    report: Callable[[int], None],
-    stop: Stop = never,
-) -> Path:
-    """Write the map of a scene and a picture of both; memory does not grow with the scene.
-
-    A map that is there already, of the same scene by the same weights and options, is left as it is.
-    An interrupted one goes on with the next batch of windows.
+class SceneWork:
+    """The prediction of one scene into one folder, by this process and perhaps by others.
 
     Args:
-        trained: the network.
         scene: as `look` found it.
-        out: folder, which exists; it gets `STEM.tif` and `STEM.png`.
-        tiling: how the scene is cut.
-        batch_size: windows in one forward pass.
-        threads: with any, one reads the next batch while the network computes.
-        precision: of the forward pass.
-        report: called with the number of windows finished since the last call.
-        stop: whether to stop before the next batch.
-
-    Returns:
-        The map: one band of uint8 class ids, 255 where the scene has no data, with the scene's size,
-        coordinate system and transform, a colour table, and tags with the names of the classes.
-
-    Raises:
-        Busy: another process predicts the scene into the same folder, and goes on doing so.
-        SourceError: the scene cannot be read.
-        Interrupted: asked to stop; finished windows are kept.
-        StorageError, NotWritable: the disk refused.
+        out: folder of the maps; `out/.predict/scenes` holds what is done so far.
+        how: to predict.
     """
-    target, picture = outputs(scene.path, out)
-    digest = fingerprint(
-        trained, batch_size, precision, tiling, scene, *map(stamp, files_of(scene.path))
-    )
-    note = out / FOLDER / SCENES / f"{target.name}.json"
-    if _is_finished(note, digest, (target, picture)):
-        report(count_windows(scene, tiling))
-        return target
-    path = note.with_name(f"{target.name}.windows")
-    with Journal(path, digest, f"{scene.path} into {out}", stop) as journal:
-        if _is_finished(note, digest, (target, picture)):  # by whoever had the journal before
-            report(count_windows(scene, tiling))
-            return target
-        remove_leftovers(out, (target.stem, picture.name))
+
+    def __init__(self, scene: Scene, out: Path, how: How) -> None:
+        self.scene, self.out, self.how = scene, out, how
+        self.grid = Grid.of(how.tiling, scene.height, scene.width)
+        self.layers = Layers.of(scene.path, out, how)
+        self.digest = how.digest(scene)
+        state = out / FOLDER / SCENES
+        self._folder = state / scene.path.stem
+        self._note = Note(state / f"{scene.path.stem}.json")
+        self._lock = state / f"{scene.path.stem}.lock"
+        self._store = BlockFolder(self._folder / self.digest)
+
+    def windows(self, blocks: Iterable[int]) -> int:
+        """How many windows some blocks have."""
+        return sum(self.grid.count(self.grid.block(number)) for number in blocks)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all layers are there, made of the same scene in the same way."""
+        return self._note.holds("layers", self.digest, list(self.layers.paths().values()))
+
+    def predict(self, blocks: Sequence[int], report: Callable[[int], None], stop: Stop = never) -> None:
+        """Predict some of the blocks; those that are there already are left as they are.
+
+        Args:
+            blocks: their numbers.
+            report: called with the number of windows finished since the last call.
+            stop: whether to stop before the next batch.
+
+        Raises:
+            SourceError: the scene cannot be read.
+            Interrupted: asked to stop; finished blocks are kept.
+            StorageError, NotWritable: the disk refused.
+        """
+        left = [number for number in blocks if not self._store.is_whole(number)]
+        report(self.windows(blocks) - self.windows(left))
+        if not left:
+            return
+        make_folder(self._store.folder)
+        remove_leftovers(self._store.folder, {f"{number}.block" for number in left})
         try:
-            with opened(scene.path) as dataset:
-                cuts = _read_cuts(dataset, scene, tiling, batch_size, skip=journal.count)
-                report(min(journal.count * batch_size, count_windows(scene, tiling)))
-                with closing(one_ahead(cuts) if threads else cuts) as batches:
-                    for batch in batches:
-                        if stop():
-                            raise Interrupted(
-                                "stopped; finished windows are kept, and the same command goes on"
-                            )
-                        maps = _predict(trained, batch, tiling, precision)
-                        journal.append(zlib.compress(b"".join(map(np.ndarray.tobytes, maps)), 1))
-                        report(len(batch))
-                _write_map(target, dataset, trained, _strips(scene, tiling, batch_size, journal))
-                with opened(target) as finished:
-                    write_quicklook(picture, dataset, scene, finished, trained.description)
+            with open_scene(self.scene) as dataset:
+                cuts = self._cuts(ScenePixels(dataset, self.scene), left)
+                with closing(one_ahead(cuts) if self.how.threads else cuts) as coming:
+                    for block, cut in coming:
+                        self._predict(block, cut, report, stop)
         except Flaw as flaw:
             raise unreadable(flaw) from None
-        digests = {file.name: _digest_of(file) for file in (target, picture)}
-        write_atomically(note, json.dumps({"digest": digest, "files": digests}).encode())
-        journal.remove()
-    return target
+        finally:
+            self._leave_nothing_empty()
+
+    def _leave_nothing_empty(self) -> None:
+        """Remove the folders of what is done so far, where nothing is."""
+        with suppress(OSError):
+            for folder in (self._store.folder, *self._store.folder.parents[:4]):
+                folder.rmdir()
+
+    def _cuts(
+        self, pixels: ScenePixels, numbers: Sequence[int]
+    ) -> Generator[tuple[Block, Cut], None, None]:
+        for number in numbers:
+            block = self.grid.block(number)
+            yield block, read_block(pixels, block, self.how.tiling)
+
+    def _predict(self, block: Block, cut: Cut, report: Callable[[int], None], stop: Stop) -> None:
+        how = self.how
+        sums = add_up(
+            how.predictor,
+            cut,
+            self.grid,
+            block,
+            how.tiling,
+            batch_size=how.batch_size,
+            report=report,
+            stop=stop,
+        )
+        keep(self._store, self.grid, block, sums, cut.valid, probabilities=how.probabilities)
+
+    def missing(self) -> int:
+        """How many blocks are not there yet."""
+        return sum(not self._store.has(number) for number in range(self.grid.blocks))
+
+    def finish(self, then: Callable[[SceneWork], None], stop: Stop = never) -> bool:
+        """Put the map together, if all blocks are there; one process does it, others wait for it.
+
+        Args:
+            then: called with what is finished, by one process at a time.
+            stop: whether to stop waiting.
+
+        Returns:
+            Whether the map is there.
+
+        Raises:
+            SourceError: the scene cannot be read.
+            Interrupted: asked to stop.
+            StorageError, NotWritable: the disk refused.
+        """
+        with FileLock(self._lock) as lock:
+            while not lock.take(alone=True):
+                if stop():
+                    raise Interrupted("stopped while another process puts the map together")
+                time.sleep(_POLL_SECONDS)
+            if not self.is_finished:
+                if self.missing():
+                    return False
+                try:
+                    self._write()
+                except Flaw as flaw:
+                    raise unreadable(flaw) from None
+                paths = list(self.layers.paths().values())
+                self._note.add("layers", self.digest, paths)
+            then(self)
+            if self._folder.exists():
+                remove_tree(self._folder)
+        return True
+
+    @property
+    def note(self) -> Note:
+        """What is known of the files that were made."""
+        return self._note
+
+    def _write(self) -> None:
+        """Put the layers together beside their places, and then put them there."""
+        how, tags = self.how, self._tags()
+        paths = self.layers.paths()
+        beside = {kind: self._folder / f"{kind}.{os.getpid()}.tif" for kind in paths}
+        try:
+            with open_scene(self.scene) as dataset:
+                counts = dict.fromkeys(paths, 1) | {"probabilities": len(how.legend.classes)}
+                profiles = {kind: _profile(dataset, counts[kind], kind) for kind in paths}
+                points = dataset.gcps
+            digests = self._write_plain(beside, profiles, points)
+            for kind, path in beside.items():
+                _check_written(path, paths[kind], digests[kind])
+            for kind, path in paths.items():
+                write_cog(
+                    beside[kind],
+                    path,
+                    categorical=kind == "map",
+                    legend=how.legend if kind == "map" else None,
+                    tags=tags,
+                    descriptions=how.legend.classes if kind == "probabilities" else (kind,),
+                    nodata=NODATA if kind == "map" else 0 if kind == "confidence" else None,
+                )
+        except OSError as error:
+            raise storage_error(self.layers.map, error) from error
+        finally:
+            for path in beside.values():
+                path.unlink(missing_ok=True)
+
+    def _write_plain(
+        self, beside: Mapping[str, Path], profiles: Mapping[str, dict[str, Any]], points: Any
+    ) -> dict[str, list[tuple[Window, int]]]:
+        """Write the layers cell by cell, and say what was written where."""
+        digests: dict[str, list[tuple[Window, int]]] = {kind: [] for kind in beside}
+        classes = len(self.how.legend.classes)
+        try:
+            with ExitStack() as stack:
+                files = {}
+                for kind, path in beside.items():
+                    path.touch()  # the system says why it cannot be made, clearer than GDAL would
+                    files[kind] = stack.enter_context(geodata().open(path, "w", **profiles[kind]))
+                    if points[0]:
+                        files[kind].gcps = points
+                cells = assemble(
+                    self._store, self.grid, classes, probabilities="probabilities" in beside
+                )
+                for cell, values in cells:
+                    for kind, file in files.items():
+                        layer = _layer(values, kind)
+                        file.write(layer, window=_slices(cell))
+                        digests[kind].append((cell, _digest(layer)))
+        except geodata().errors.RasterioError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise StorageError(f"cannot write {self.layers.map}: {reason}") from None
+        return digests
+
+    def _tags(self) -> dict[str, str]:
+        """What the map is made with."""
+        networks = self.how.predictor.networks
+        names = {f"CLASS_{number}": name for number, name in enumerate(self.how.legend.classes)}
+        return names | {
+            "AGRIVISION_DATA": networks[0].description.data_fingerprint,
+            "AGRIVISION_STEP": ",".join(str(network.step) for network in networks),
+        }
 
 
-def _is_finished(note: Path, digest: str, files: Sequence[Path]) -> bool:
-    """Whether the files were written under this digest, and are still what was written."""
-    try:
-        content = json.loads(note.read_bytes())
-        digests = {file.name: _digest_of(file) for file in files}
-    except (OSError, ValueError):
-        return False
-    return bool(content == {"digest": digest, "files": digests})
+class Note:
+    """Which files were made from what, so that they are not made again.
 
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-def _check_writable(beside: Path) -> None:
-    """Let the system say why a file cannot be made: GDAL would not say it as clearly."""
-    beside.touch()
-    beside.unlink()
-
-
-def _read_cuts(
-    dataset: Any, scene: Scene, tiling: Tiling, batch_size: int, skip: int
-) -> Generator[list[_Cut], None, None]:
-    """The windows batch by batch, without those of the first batches."""
-    whole = windows(scene.height, scene.width, tiling.tile, tiling.tile)
-    for start in range(skip * batch_size, len(whole), batch_size):
-        cuts = []
-        for window in whole[start : start + batch_size]:
-            pixels, valid = read_window(dataset, scene, window, tiling.margin)
-            cuts.append(_Cut(pixels=pixels, valid=valid))
-        yield cuts
-
-
-def _strips(
-    scene: Scene, tiling: Tiling, batch_size: int, journal: Journal
-) -> Iterator[NDArray[np.uint8]]:
-    """The map from the journal, top down, in strips (rows, width) of the height of a file's blocks.
-
-    Written so, each block is written once and in order: the same bytes, however the work was
-    interrupted and however much memory GDAL may use.
+    Args:
+        path: of a JSON file.
     """
-    whole = windows(scene.height, scene.width, tiling.tile, tiling.tile)
-    waiting = np.empty((0, scene.width), np.uint8)
-    row = np.empty((0, 0), np.uint8)
-    for number, record in enumerate(journal.records()):
-        batch = whole[number * batch_size : (number + 1) * batch_size]
-        most = batch_size * tiling.tile**2  # a pixel is a byte; a record cannot ask for more
-        content, start = np.frombuffer(zlib.decompressobj().decompress(record, most), np.uint8), 0
-        for x, y, x2, y2 in batch:
-            height, width = min(y2, scene.height) - y, min(x2, scene.width) - x
-            if x == 0:
-                row = np.empty((height, scene.width), np.uint8)
-            row[:, x : x + width] = content[start : start + height * width].reshape(height, width)
-            start += height * width
-            if x2 >= scene.width:
-                waiting = np.concatenate([waiting, row])
-        while len(waiting) >= _BLOCK:
-            yield waiting[:_BLOCK]
-            waiting = waiting[_BLOCK:]
-    if len(waiting):
-        yield waiting
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def holds(self, name: str, digest: str, files: Sequence[Path]) -> bool:
+        """Whether files were made under this digest, and are still what was made."""
+        try:
+            known = self._read()[name]
+            return bool(known == {"digest": digest, "files": _digests(files)})
+        except (OSError, KeyError, TypeError):
+            return False
+
+    def add(self, name: str, digest: str, files: Sequence[Path]) -> None:
+        """Files were made under this digest.
+
+        Raises:
+            StorageError, NotWritable: the disk refused.
+        """
+        content = self._read() | {name: {"digest": digest, "files": _digests(files)}}
+        write_atomically(self._path, json.dumps(content).encode())
+
+    def _read(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            content = json.loads(self._path.read_bytes())
+            if isinstance(content, dict):
+                return content
+        return {}
 
 
-def _write_map(
-    target: Path, dataset: Any, trained: TrainedModel, strips: Iterator[NDArray[np.uint8]]
-) -> None:
-    """Write the map beside its place, read it back, and put it there."""
-    beside = target.with_name(f".{target.stem}.{os.getpid()}.part.tif")
-    try:
-        _check_writable(beside)
-        digests = []
-        with geodata().open(beside, "w", **_profile(dataset)) as map_:
-            _describe(map_, dataset, trained)
-            for number, strip in enumerate(strips):
-                rows = (number * _BLOCK, number * _BLOCK + len(strip))
-                map_.write(strip, 1, window=(rows, (0, dataset.width)))
-                digests.append((rows, xxhash.xxh3_64_intdigest(np.ascontiguousarray(strip).data)))
-        _check_written(beside, target, digests)
-        sync_folder(beside)
-        beside.replace(target)
-        sync_folder(target.parent)
-    except geodata().errors.RasterioError as error:  # reading gives a Flaw: this is from writing
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise StorageError(f"cannot write {target}: {reason}") from None
-    except OSError as error:
-        raise storage_error(target, error) from error
-    finally:
-        beside.unlink(missing_ok=True)
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return found
 
 
-def _profile(dataset: Any) -> dict[str, Any]:
+def _layer(values: Values, kind: str) -> np.ndarray[Any, Any]:
+    """(bands, rows, columns) uint8."""
+    if kind == "probabilities":
+        assert values.probabilities is not None
+        return values.probabilities
+    return (values.ids if kind == "map" else values.confidence)[None]
+
+
+def _slices(cell: Window) -> tuple[tuple[int, int], tuple[int, int]]:
+    left, top, right, bottom = cell
+    return (top, bottom), (left, right)
+
+
+def _digest(layer: np.ndarray[Any, Any]) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(layer).data)
+
+
+def _profile(dataset: Any, count: int, kind: str) -> dict[str, Any]:
     placed = not dataset.transform.is_identity
     return {
         "driver": "GTiff",
         "height": dataset.height,
         "width": dataset.width,
-        "count": 1,
+        "count": count,
         "dtype": "uint8",
-        "nodata": NODATA,
+        "nodata": NODATA if kind == "map" else 0 if kind == "confidence" else None,
         "crs": dataset.crs,
         "transform": dataset.transform if placed else None,
+        "photometric": "MINISBLACK",
+        "interleave": "band",
         "tiled": True,
         "blockxsize": _BLOCK,
         "blockysize": _BLOCK,
-        "compress": "deflate",
         "bigtiff": "IF_SAFER",
     }
 
 
-def _describe(map_: Any, dataset: Any, trained: TrainedModel) -> None:
-    """Coordinates by ground control points, colours and tags: all before the first pixel."""
-    points, crs = dataset.gcps
-    if points:
-        map_.gcps = (points, crs)
-    classes = trained.description.classes
-    colours = {class_id: (*PALETTE[class_id], 255) for class_id in range(len(classes))}
-    map_.write_colormap(1, colours | {NODATA: (0, 0, 0, 0)})
-    names = {f"CLASS_{class_id}": name for class_id, name in enumerate(classes)}
-    fingerprint, step = trained.description.data_fingerprint, trained.step
-    map_.update_tags(**names, AGRIVISION_DATA=fingerprint, AGRIVISION_STEP=str(step))
-
-
-def _predict(
-    trained: TrainedModel, cuts: Sequence[_Cut], tiling: Tiling, precision: Precision
-) -> list[NDArray[np.uint8]]:
-    """Class ids of the parts of the windows that lie in the scene; empty windows cost nothing."""
-    maps = [np.full(cut.valid.shape, NODATA, np.uint8) for cut in cuts]
-    filled = [number for number, cut in enumerate(cuts) if cut.valid.any()]
-    if filled:
-        images = np.stack([cuts[number].pixels for number in filled])
-        centre = slice(tiling.margin, tiling.margin + tiling.tile)
-        probabilities = trained.probabilities(images, precision=precision)[..., centre, centre]
-        for number, ids in zip(filled, probabilities.argmax(1).cpu().numpy(), strict=True):
-            valid = cuts[number].valid
-            maps[number][valid] = ids[: valid.shape[0], : valid.shape[1]][valid]
-    return maps
-
-
-def _check_written(path: Path, target: Path, digests: Sequence[tuple[tuple[int, int], int]]) -> None:
-    """Read the map back: rasterio closes a file in silence when the disk is full.
+def _check_written(path: Path, target: Path, digests: Sequence[tuple[Window, int]]) -> None:
+    """Read a layer back: rasterio closes a file in silence when the disk is full.
 
     Raises:
         StorageError: it is not what was written.
     """
     try:
-        with opened(path) as map_:
-            columns = (0, map_.width)
-            whole = all(
-                xxhash.xxh3_64_intdigest(map_.read(1, window=(rows, columns)).data) == digest
-                for rows, digest in digests
-            )
+        with opened(path) as layer:
+            whole = all(_digest(layer.read(window=_slices(cell))) == digest for cell, digest in digests)
     except (Flaw, geodata().errors.RasterioError):
         whole = False
     if not whole:

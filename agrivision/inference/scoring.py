@@ -10,7 +10,8 @@ from agrivision.data.shards import SplitReader
 from agrivision.distributed import connected, pick_device
 from agrivision.errors import BadInput, Interrupted
 from agrivision.evaluation.evaluate import evaluate
-from agrivision.inference.trained import TrainedModel, load_run
+from agrivision.inference.exported import load_model
+from agrivision.inference.trained import TrainedModel
 from agrivision.model.precision import Precision
 from agrivision.monitor.log import configure_log
 from agrivision.monitor.progress import progress
@@ -32,7 +33,7 @@ def evaluate_run(
     """Score a run on a split of a data set.
 
     Args:
-        checkpoint: a run directory, a checkpoint, or a file in one.
+        checkpoint: a run directory, a checkpoint or a file in one, or an exported network.
         data: a prepared data set.
         split: with labels.
         batch_size: tiles in one forward pass.
@@ -57,8 +58,8 @@ def evaluate_run(
     schema = Schema.read(data)
     schema.split(split, labelled=True)
     reader = SplitReader(data, schema, split)
-    trained = load_run(checkpoint, device)
-    _check_fit(trained, schema, data)
+    trained = load_model(checkpoint, device)
+    check_fit(trained, schema, data)
     share = -(-len(reader) // world.size)
     with (
         connected(world, device, stop=stop) as ranks,
@@ -67,7 +68,7 @@ def evaluate_run(
         found = evaluate(
             trained.module,
             reader,
-            trained.description.normaliser,
+            trained.normaliser,
             ranks,
             device,
             batch_size=batch_size,
@@ -86,8 +87,12 @@ def evaluate_run(
     return found.to_dict() | {"checkpoint": str(trained.folder), "step": trained.step, "split": split}
 
 
-def _check_fit(trained: TrainedModel, schema: Schema, data: Path) -> None:
-    """A score over other bands or other classes would be a number without a meaning."""
+def check_fit(trained: TrainedModel, schema: Schema, data: Path) -> None:
+    """A score over other bands or other classes would be a number without a meaning.
+
+    Raises:
+        BadInput: they are others.
+    """
     description = trained.description
     if description.bands != schema.bands:
         raise BadInput(

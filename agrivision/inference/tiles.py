@@ -19,15 +19,21 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from agrivision.errors import Interrupted, NotWritable
+from agrivision.errors import Interrupted
 from agrivision.evaluation.presence import tile_scores
-from agrivision.inference.journal import FOLDER, Journal, fingerprint, read_records, remove_leftovers
+from agrivision.inference.journal import (
+    FOLDER,
+    Journal,
+    fingerprint,
+    make_folder,
+    read_records,
+    remove_leftovers,
+)
+from agrivision.inference.predictor import Predictor
 from agrivision.inference.tilesets import TileBatch, Tiles, grouped
-from agrivision.inference.trained import TrainedModel
 from agrivision.locks import FileLock
-from agrivision.model.precision import Precision
 from agrivision.part import WHOLE, Part, Stop, never
-from agrivision.storage import replacing, storage_error, write_atomically
+from agrivision.storage import replacing, write_atomically
 
 LABELS, SUBMISSION, PRESENCE = "labels", "submission.zip", "presence.csv"
 _POLL_SECONDS = 0.2
@@ -50,13 +56,12 @@ class _Found:
 
 
 def predict_tiles(
-    trained: TrainedModel,
+    predictor: Predictor,
     sets: Sequence[Tiles],
     out: Path,
     *,
     batch_size: int,
     threads: int,
-    precision: Precision,
     report: Callable[[int], None],
     part: Part = WHOLE,
     stop: Stop = never,
@@ -67,12 +72,11 @@ def predict_tiles(
     interrupted prediction with the same weights and options has done is not done again.
 
     Args:
-        trained: the network.
+        predictor: what class ids are made with.
         sets: tiles whose keys `check_keys` has passed.
         out: folder; it gets `labels/KEY.png`, `submission.zip` and `presence.csv`.
         batch_size: tiles in one forward pass.
         threads: that decode and write; 0 decodes in the caller's.
-        precision: of the forward pass.
         report: called with the number of tiles finished since the last call.
         part: which groups of tiles to predict.
         stop: whether to stop before the next batch.
@@ -88,7 +92,7 @@ def predict_tiles(
     """
     folder = out / LABELS
     make_folder(folder)
-    state, digest = out / FOLDER / LABELS, fingerprint(trained, batch_size, precision)
+    state, digest = out / FOLDER / LABELS, _digest(predictor, batch_size)
     name, what = f"{part.number}-of-{part.of}", f"part {part} into {out}"
     with Journal(state / name, digest, what, stop) as journal:
         before = _found_in(state, digest)
@@ -97,13 +101,13 @@ def predict_tiles(
             left = [number for number in groups if not _are_there(keys[number], tiles, before, folder)]
             remove_leftovers(folder, {f"{key}.png" for number in left for key in keys[number]})
             report(sum(len(keys[number]) for number in groups) - sum(len(keys[n]) for n in left))
-            with closing(tiles.batches(left, batch_size, threads, trained.device)) as batches:
-                predicted = _predicted(trained, batches, precision, stop)
+            with closing(tiles.batches(left, batch_size, threads, predictor.device)) as batches:
+                predicted = _predicted(predictor, batches, stop)
                 with ThreadPoolExecutor(max(threads, 1), "write") as pool:
                     for count in _write(predicted, folder, tiles, journal, pool):
                         report(count)
         journal.sync()
-    return _join(sets, out, digest, trained.description.classes, stop)
+    return _join(sets, out, digest, predictor.description.classes, stop)
 
 
 def shares(sets: Sequence[Tiles], batch_size: int, part: Part) -> Iterator[tuple[Tiles, Sequence[int]]]:
@@ -118,13 +122,19 @@ def shares(sets: Sequence[Tiles], batch_size: int, part: Part) -> Iterator[tuple
 _Predicted = tuple[Sequence[str], NDArray[np.uint8], list[list[float]]]
 
 
-def _predicted(
-    trained: TrainedModel, batches: Iterable[TileBatch], precision: Precision, stop: Stop
-) -> Iterator[_Predicted]:
+def _digest(predictor: Predictor, batch_size: int) -> str:
+    """Of everything that class ids depend on besides the tile."""
+    first, *more = predictor.networks
+    return fingerprint(
+        first, batch_size, predictor.precision, predictor.symmetries, [fingerprint(m) for m in more]
+    )
+
+
+def _predicted(predictor: Predictor, batches: Iterable[TileBatch], stop: Stop) -> Iterator[_Predicted]:
     for batch in batches:
         if stop():
             raise Interrupted("stopped; finished tiles are kept, and the same command goes on")
-        yield (batch.keys, *_predict(trained, batch, precision))
+        yield (batch.keys, *_predict(predictor, batch))
 
 
 def _write(
@@ -204,26 +214,10 @@ def _join(sets: Sequence[Tiles], out: Path, digest: str, classes: Sequence[str],
     return missing
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; one that is there already is left as it is.
-
-    Raises:
-        StorageError, NotWritable: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotWritable(f"cannot write into {folder}: it is no folder") from None
-    except OSError as error:
-        raise storage_error(folder, error) from error
-
-
 @torch.inference_mode()
-def _predict(
-    trained: TrainedModel, batch: TileBatch, precision: Precision
-) -> tuple[NDArray[np.uint8], list[list[float]]]:
+def _predict(predictor: Predictor, batch: TileBatch) -> tuple[NDArray[np.uint8], list[list[float]]]:
     """Class ids (tiles, height, width) and scores of presence by tile and class."""
-    probabilities = trained.probabilities(batch.images, precision=precision)
+    probabilities = predictor.probabilities(batch.images)
     scores = tile_scores(probabilities, batch.valid)
     ids: NDArray[np.uint8] = probabilities.argmax(1).to(torch.uint8).cpu().numpy()
     return ids, scores.tolist()

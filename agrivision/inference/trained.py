@@ -39,6 +39,9 @@ class Description:
         std: that each band is divided by.
         nodata: a pixel with this value in all bands holds no data; None where there is no such value.
         data_fingerprint: of the data set.
+        data_mean: of each band over the training tiles, in the units of the pixels.
+        data_std: of each band.
+        resolution: metres a pixel in the data set; None where nothing says where its tiles lie.
     """
 
     model: ModelConfig
@@ -51,9 +54,22 @@ class Description:
     std: tuple[float, ...]
     nodata: float | None
     data_fingerprint: str
+    data_mean: tuple[float, ...] = ()
+    data_std: tuple[float, ...] = ()
+    resolution: float | None = None
+
+    def __post_init__(self) -> None:
+        # What older checkpoints lack: their networks see pixels by these, or by a range.
+        object.__setattr__(self, "data_mean", self.data_mean or self.mean)
+        object.__setattr__(self, "data_std", self.data_std or self.std)
 
     @classmethod
-    def of(cls, model: ModelConfig, schema: Schema, normaliser: Normaliser) -> Description:
+    def of(
+        cls,
+        model: ModelConfig,
+        schema: Schema,
+        normaliser: Normaliser,
+    ) -> Description:
         """Of a network that is trained on a data set."""
         return cls(
             # The weights of the encoder are in the checkpoint; the file need not be there any more.
@@ -67,6 +83,9 @@ class Description:
             std=normaliser.std,
             nodata=normaliser.nodata,
             data_fingerprint=schema.fingerprint,
+            data_mean=schema.statistics.mean,
+            data_std=schema.statistics.std,
+            resolution=schema.resolution,
         )
 
     @classmethod
@@ -105,7 +124,9 @@ class TrainedModel:
         description: what its bands and classes are.
         device: where it is.
         step: optimiser steps that it was trained for.
-        folder: the checkpoint that it came from.
+        folder: the checkpoint, or the exported file, that it came from.
+        takes_pixels: whether the module takes pixels as they are, float32 of any size, and gives
+            their probabilities, as one does that was exported with all around it.
     """
 
     module: nn.Module
@@ -113,6 +134,12 @@ class TrainedModel:
     device: torch.device
     step: int
     folder: Path
+    takes_pixels: bool = False
+
+    @property
+    def normaliser(self) -> Normaliser | None:
+        """What stands before the module; None where it takes pixels as they are."""
+        return None if self.takes_pixels else self.description.normaliser
 
     @torch.inference_mode()
     def probabilities(
@@ -139,6 +166,9 @@ class TrainedModel:
         pixels = tensor.to(self.device).to(torch.float32)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with autocast(self.device, precision):
+            if self.takes_pixels:
+                probabilities: torch.Tensor = self.module(pixels)
+                return probabilities
             logits = dense_logits(self.module, self.description.normaliser(pixels))
         return logits.float().softmax(1)
 
@@ -198,16 +228,29 @@ def load_run(path: str | Path, device: str | torch.device | None = None) -> Trai
     try:
         description = Description.from_dict(loaded.states["description"])
         weights = loaded.states.get("ema") or loaded.states["model"]
-        module = build_model(description.model, len(description.bands), len(description.classes))
-        module.load_state_dict(weights)
+        module = with_weights(description, weights, chosen)
     except KeyError as error:
         raise CheckpointError(f"{loaded.folder} has no state {error}") from None
     except RuntimeError as error:
         raise CheckpointError(
             f"the weights in {loaded.folder} do not fit its description: {str(error).splitlines()[0]}"
         ) from None
-    module = module.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return TrainedModel(module, description, chosen, loaded.step, loaded.folder)
+
+
+def with_weights(
+    description: Description, weights: Mapping[str, torch.Tensor], device: torch.device
+) -> nn.Module:
+    """The network of a description with these weights, ready to predict.
+
+    Raises:
+        ConfigurationError: its encoder is not installed.
+        RuntimeError: the weights are not its own.
+    """
+    module = build_model(description.model, len(description.bands), len(description.classes))
+    module.load_state_dict(weights)
+    ready: nn.Module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return ready.eval()
 
 
 def _load_whole(path: Path) -> checkpoint.Checkpoint:

@@ -6,7 +6,6 @@ MICCAI 2015, arXiv:1505.04597.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -102,8 +101,9 @@ class UNet(nn.Module):
         if self.convolution == "same":
             return -(-output // scale) * scale
         # A bottom that enters with b pixels leaves 2**depth * (b - 8) + 4 of the image's
-        # 2**depth * (b + 4) - 4; b > 4, or nothing is left of it.
-        bottom = max(5, 8 + math.ceil((output - 4) / scale))
+        # 2**depth * (b + 4) - 4. One pixel of output asks for b > 4, of which something is left. Whole
+        # numbers alone: an exported graph does these sums, too.
+        bottom = 8 - (4 - output) // scale
         return scale * (bottom + 4) - 4
 
 

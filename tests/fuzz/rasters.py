@@ -15,8 +15,9 @@ from agrivision.data.sources.rasters import RasterReader, opened, windows
 from agrivision.data.sources.source import Flaw, Reference
 from agrivision.data.sources.survey import _look
 from agrivision.data.tile import window_key
+from agrivision.inference.reading import ScenePixels, read_around
+from agrivision.inference.scene import look, unreadable
 from agrivision.inference.trained import Description
-from agrivision.inference.windows import look, read_window, unreadable
 from tests.fuzz import tiff
 from tests.fuzz.harness import REFUSED, Target, answer
 
@@ -111,7 +112,7 @@ def _check_prediction(path: Path, data: bytes) -> None:
 
 def _read(dataset: Any, found: Any, window: Any) -> Any:
     try:
-        return read_window(dataset, found, window, 4)
+        return read_around(ScenePixels(dataset, found), window, 4)
     except Flaw as flaw:
         raise unreadable(flaw) from None
 

@@ -16,14 +16,24 @@ import torch
 
 from agrivision import locks
 from agrivision.errors import BadInput, Busy, ExitCode, Interrupted
+from agrivision.inference import tiling
 from agrivision.inference.journal import Journal
 from agrivision.inference.predict import PredictOptions, PredictSummary, predict
 from agrivision.inference.trained import TrainedModel
+from agrivision.locks import FileLock
 from agrivision.part import Part, never
 from tests.inference.small import smooth, trained_model, write_scene
 
 HOW = PredictOptions(batch_size=2, tile=48, margin=16)
 FLAGS = ["--batch_size", "2", "--tile", "48", "--margin", "16"]
+
+
+BLOCK = 96  # pixels: small ones, so that scenes have several
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "_BLOCK", BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +110,9 @@ def test_parts_write_the_bytes_of_one(
     summaries = [run(trained, inputs, tmp_path / "out", f"{n}/{count}") for n in range(count)]
     assert outputs(tmp_path / "out") == outputs(tmp_path / "one")
     assert sum(summary.tiles for summary in summaries) == whole.tiles
-    assert sorted(map_.name for each in summaries for map_ in each.maps) == sorted(
-        map_.name for map_ in whole.maps
-    )
+    assert [map_.name for map_ in summaries[-1].maps] == [map_.name for map_ in whole.maps]
+    assert not summaries[-1].unfinished
+    assert bool(summaries[0].unfinished) == bool(whole.maps)
     assert summaries[-1].missing == 0
     assert all(summary.missing for summary in summaries[:-1]) == (whole.tiles > 0)
 
@@ -113,7 +123,10 @@ def command(
     paths = [str(path) for path in inputs]
     checkpoint = ["--checkpoint", str(trained.folder)]
     words = ["predict", *checkpoint, *paths, "--out", str(out), *FLAGS, *flags]
-    script = f"import sys\nfrom agrivision.cli import main\n{before}\nsys.exit(main({words!r}))"
+    blocks = f"from agrivision.inference import tiling\ntiling._BLOCK = {BLOCK}"
+    script = (
+        f"import sys\nfrom agrivision.cli import main\n{blocks}\n{before}\nsys.exit(main({words!r}))"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -134,14 +147,14 @@ def test_four_processes_at_the_same_time(
     assert outputs(tmp_path / "out") == outputs(tmp_path / "one")
 
 
-# Ends or asks this process to stop when the network sees its third batch.
+# Ends or asks this process to stop when the network sees a certain batch.
 DISTURBED = """
 import os
 from agrivision.inference.trained import TrainedModel
 calls, compute = [], TrainedModel.probabilities
 def disturbed(self, images, **options):
     calls.append(1)
-    if len(calls) == 3:
+    if len(calls) == {batch}:
         os.kill(os.getpid(), {number})
     return compute(self, images, **options)
 TrainedModel.probabilities = disturbed
@@ -169,7 +182,8 @@ def test_signals(
     inputs = [request.getfixturevalue(kind)]
     run(trained, inputs, tmp_path / "one")
     undisturbed, seen.images, seen.batches = seen.batches, 0, 0
-    process = command(trained, inputs, tmp_path / "out", before=DISTURBED.format(number=int(number)))
+    before = DISTURBED.format(number=int(number), batch=3 if kind == "source" else 7)
+    process = command(trained, inputs, tmp_path / "out", before=before)
     _, errors = process.communicate(timeout=120)
     killed = number == signal.SIGKILL
     assert process.returncode == (-number if killed else ExitCode.STOPPED), errors
@@ -180,9 +194,10 @@ def test_signals(
         path.write_bytes(b"half")
     run(trained, inputs, tmp_path / "out")
     assert outputs(tmp_path / "out") == outputs(tmp_path / "one")
-    # Asked to stop, it finishes the third batch; killed, it loses that and what was not yet noted.
-    lost = undisturbed - seen.batches
-    assert lost in (1, 2) if killed else lost == 3
+    # Asked to stop, it finishes the third batch; killed, it loses that and what was not yet noted. Of a
+    # scene it keeps whole blocks: the first, of nine windows, has five batches.
+    kept = undisturbed - seen.batches
+    assert kept == 5 if kind == "farm" else kept in (1, 2) if killed else kept == 3
 
 
 @pytest.mark.parametrize("batches", [0, 1, 4, 6])
@@ -195,7 +210,8 @@ def test_stopped_and_continued_nothing_is_done_twice(
         run(trained, inputs, tmp_path / "out", stop=lambda: seen.batches >= batches)
     assert seen.batches == batches
     run(trained, inputs, tmp_path / "out")
-    assert seen.images == wanted
+    begun = 9 if "farm" in inputs[-1].name else 0  # windows of the block in hand
+    assert wanted <= seen.images <= wanted + begun
     assert outputs(tmp_path / "out") == outputs(tmp_path / "one")
 
 
@@ -273,12 +289,13 @@ def test_files_that_somebody_changed_are_made_again(
 def test_a_damaged_journal_costs_batches_only(
     damage: str, trained: TrainedModel, inputs: list[Path], seen: Counter, tmp_path: Path
 ) -> None:
+    after = 7 if len(inputs) == 1 and "farm" in inputs[0].name else 3  # a block, or a batch of tiles
     run(trained, inputs, tmp_path / "one")
     seen.batches = 0
     with pytest.raises(Interrupted):
-        run(trained, inputs, tmp_path / "out", stop=lambda: seen.batches >= 3)
-    journals = [path for path in (tmp_path / "out/.predict").glob("*/*") if path.is_file()]
-    assert len(journals) == 1
+        run(trained, inputs, tmp_path / "out", stop=lambda: seen.batches >= after)
+    journals = [path for path in (tmp_path / "out/.predict").rglob("*") if path.is_file()]
+    assert len(journals) == 1 or all(path.suffix == ".block" for path in journals)
     content = journals[0].read_bytes()
     flipped = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
     journals[0].write_bytes(
@@ -319,16 +336,18 @@ def test_the_same_part_twice_at_once(
 
     run(trained, [source], out, "1/2", stop=again)
     assert calls.pop()
+    run(trained, [farm], tmp_path / "one")
 
     def again_scene() -> bool:
         if not calls:
             calls.append(1)
-            with pytest.raises(Busy, match=r"another process predicts .*a\.tif into"):
-                run(trained, [farm / "a.tif"], out)
+            run(trained, [farm / "a.tif"], out)  # the same blocks, with the same bytes
         return False
 
     run(trained, [farm], out, stop=again_scene)
     assert calls
+    found = outputs(out)
+    assert {name: found[name] for name in outputs(tmp_path / "one")} == outputs(tmp_path / "one")
 
 
 def test_a_part_that_another_process_keeps_may_be_tried_again(
@@ -371,27 +390,28 @@ def test_a_journal_waits_for_the_one_before(remove: bool, tmp_path: Path) -> Non
         assert list(journal.records()) == ([b"y"] if remove else [b"x", b"y"])
 
 
-def test_a_scene_that_the_one_before_finishes_is_not_done_twice(
-    trained: TrainedModel, farm: Path, seen: Counter, tmp_path: Path
+def test_a_map_that_another_process_puts_together_is_not_written_twice(
+    trained: TrainedModel, farm: Path, tmp_path: Path
 ) -> None:
-    run(trained, [farm / "b.tif"], tmp_path / "one")
-    run(trained, [farm / "b.tif"], tmp_path / "out")
-    note = tmp_path / "out/.predict/scenes/b.tif.json"
-    kept, seen.images = note.read_bytes(), 0
+    out = tmp_path / "out"
+    run(trained, [farm / "b.tif"], out)
+    note, before = out / ".predict/scenes/b.json", times(out)
+    kept = note.read_bytes()
     note.unlink()
-    with Journal(note.with_name("b.tif.windows"), "the one before", "it") as earlier:
+    with FileLock(out / ".predict/scenes/b.lock") as earlier:
+        assert earlier.take(alone=True)
+        asked: list[int] = []
 
         def finishes() -> bool:
-            if not note.exists():
+            asked.append(1)
+            if len(asked) == 3:  # the only batch is done by then, and it waits for the map
                 note.write_bytes(kept)
-                earlier.append(b"x")
-                earlier.remove()
-                earlier.__exit__(None, None, None)
+                earlier.free()
             return False
 
-        run(trained, [farm / "b.tif"], tmp_path / "out", stop=finishes)
-    assert seen.images == 0
-    assert outputs(tmp_path / "out") == outputs(tmp_path / "one")
+        summary = run(trained, [farm / "b.tif"], out, stop=finishes)
+    assert summary.maps == (out / "b.tif",)
+    assert times(out) == before
 
 
 def test_a_journal_that_waits_hears_that_it_is_to_stop(tmp_path: Path) -> None:

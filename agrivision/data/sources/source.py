@@ -155,6 +155,7 @@ class Source:
         splits: tiles by split; the one split UNDIVIDED where `prepare` is to divide them.
         unlabelled: splits without labels.
         nodata: value that all bands of a pixel without data hold; None where there is no single one.
+        resolution: metres a pixel; None where nothing says where the tiles lie.
         aliases: other names under which users may know a field, such as its file's name.
         reader: reads the tiles.
         problems: what was found while looking.
@@ -171,6 +172,7 @@ class Source:
     splits: Mapping[str, Sequence[Reference]]
     unlabelled: frozenset[str] = frozenset()
     nodata: float | None = None
+    resolution: float | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     reader: TileReader
     problems: Sequence[Problem] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from agrivision.data.labels import MAX_CLASSES
 from agrivision.data.schema import DTYPES
+from agrivision.data.sources.ground import pixel_size
 from agrivision.data.sources.pairs import Pair, find_pairs
 from agrivision.data.sources.rasters import (
     RasterReader,
@@ -45,6 +47,7 @@ class Scene:
         descriptions: of the bands; empty where one has none.
         alpha: index of a band that is a mask, or None.
         nodata: finite value of pixels without data, the same in all bands; None if there is none.
+        size: metres on the ground, width and height of a pixel; None where not known.
         values: pixels by value in the label raster, where it counts.
     """
 
@@ -56,6 +59,7 @@ class Scene:
     descriptions: tuple[str, ...]
     alpha: int | None
     nodata: float | None
+    size: tuple[float, float] | None
     values: Counter[float]
 
 
@@ -130,6 +134,7 @@ def open_rasters(
     names = _names(scenes, bands, alpha)
     stems = {scene.pair.scene.stem: scene.pair.name for scene in scenes}
     nodatas = {scene.nodata for scene in scenes}
+    sizes = [math.sqrt(scene.size[0] * scene.size[1]) for scene in scenes if scene.size is not None]
     return Source(
         kind="rasters",
         bands=names,
@@ -140,6 +145,7 @@ def open_rasters(
         class_values=reader.values,
         splits=_references(scenes, tile, stride),
         nodata=nodatas.pop() if len(nodatas) == 1 else None,
+        resolution=statistics.median(sizes) if sizes else None,
         aliases=stems | {scene.pair.scene.name: scene.pair.name for scene in scenes},
         reader=reader,
         problems=problems,
@@ -172,6 +178,7 @@ def _look(pair: Pair, ignore: int | None, *, named: bool) -> Scene:
             descriptions=tuple(scene.descriptions) if all(scene.descriptions) else (),
             alpha=None if named else attempt(pair.scene, lambda: _alpha(scene)),
             nodata=_nodata(scene),
+            size=pixel_size(scene),
             values=attempt(pair.label, lambda: _values(pair.label, label, ignore)),
         )
 

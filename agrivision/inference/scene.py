@@ -1,0 +1,432 @@
+"""What a raster is to a network: which bands, in which units, on which grid."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agrivision.data.sources.ground import pixel_size
+from agrivision.data.sources.rasters import attempt, has_data, opened
+from agrivision.data.sources.source import Flaw
+from agrivision.errors import BadInput, SourceError
+from agrivision.inference.trained import Description
+
+logger = logging.getLogger(__name__)
+
+RANGE, STATISTICS = "range", "statistics"
+_PROBE = 256  # pixels: side to which a band is reduced to see whether it is a mask
+_SAMPLE = 1024  # pixels: side to which a scene is thinned out for its statistics
+_ALIKE = 1.25  # a ground resolution is the training's where they differ by a smaller factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taking:
+    """How scenes are taken that are not like the tiles of the training.
+
+    Attributes:
+        bands: for each band of the network where it is in the file: an index from 1, the name of a
+            band, or `-` for one that is missing; empty: found by names, by colours, else by place.
+        scale: None takes pixels of the training's type only; a factor; `range`: the whole range of one
+            type of integers becomes that of the other; `statistics`: each band gets the mean and
+            deviation that it has in the data set.
+        fill_missing: whether a band that is not there is taken as even, at the data set's mean.
+        resolution: metres a pixel that scenes are resampled to; None takes them as they are.
+    """
+
+    bands: tuple[str, ...] = ()
+    scale: str | None = None
+    fill_missing: bool = False
+    resolution: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale not in (None, RANGE, STATISTICS):
+            try:
+                factor = float(str(self.scale))
+            except ValueError:
+                factor = 0.0
+            if not (math.isfinite(factor) and factor > 0):
+                raise BadInput(
+                    f"scale is {self.scale!r}: it must be a factor, {RANGE!r} or {STATISTICS!r}"
+                )
+        if self.resolution is not None and not (math.isfinite(self.resolution) and self.resolution > 0):
+            raise BadInput(f"resolution is {self.resolution}: it must be metres a pixel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """The grid that a scene is resampled to.
+
+    Attributes:
+        transform: from pixel to ground, as in `Coordinates`.
+        height: in pixels.
+        width: in pixels.
+        coarser: whether its pixels are larger than the scene's.
+        adds_alpha: whether a band that says where there is data is added on the way.
+    """
+
+    transform: tuple[float, float, float, float, float, float]
+    height: int
+    width: int
+    coarser: bool
+    adds_alpha: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A raster that fits a network.
+
+    Attributes:
+        path: of the file.
+        height: in pixels, of the grid on which it is predicted.
+        width: in pixels.
+        bands: their indexes in the file, from 1, in the order of the network; None: missing.
+        alpha: index of the band that says where the scene is valid, or None.
+        nodata: value of each band that is there that holds no data; None where there is no such value.
+        empty: value that the network knows as no data; None where there is none.
+        gain: factor of each band of the network; None where pixels are taken as they are.
+        offset: added to each band after that.
+        resampled: the grid, where it is not the file's.
+        resolution: metres a pixel, width and height; None where not known.
+    """
+
+    path: Path
+    height: int
+    width: int
+    bands: tuple[int | None, ...]
+    alpha: int | None
+    nodata: tuple[float | None, ...]
+    empty: float | None
+    gain: tuple[float, ...] | None = None
+    offset: tuple[float, ...] | None = None
+    resampled: Resampled | None = None
+    resolution: tuple[float, float] | None = None
+
+    def scaled(self, found: NDArray[Any]) -> NDArray[Any]:
+        """Bands of the network from those that are there, in the units of the training.
+
+        Args:
+            found: (bands that are there, height, width).
+
+        Returns:
+            (bands, height, width): `found` itself, or float32 where a band is missing or scaled.
+        """
+        if self.gain is None or self.offset is None:
+            return found
+        whole = np.empty((len(self.bands), *found.shape[1:]), np.float32)
+        bands = iter(found)
+        for number, band in enumerate(self.bands):
+            if band is None:
+                whole[number] = self.offset[number]
+            else:
+                np.multiply(next(bands), self.gain[number], out=whole[number], casting="unsafe")
+                whole[number] += self.offset[number]
+        return whole
+
+
+def look(path: Path, description: Description, taking: Taking = Taking()) -> Scene:
+    """Open a raster and check that it fits a network.
+
+    Raises:
+        SourceError: it cannot be read, or has other bands or another type of pixels and nobody said
+            how to take them.
+    """
+    try:
+        with opened(path) as dataset:
+            alpha = attempt(path, lambda: _alpha(dataset))
+            bands = _bands(path, dataset, alpha, description, taking)
+            there = [band for band in bands if band is not None]
+            nodata = tuple(dataset.nodatavals[index - 1] for index in there)
+            if all(value is None for value in nodata) and taking.scale is None:
+                nodata = (description.nodata,) * len(there)
+            size = pixel_size(dataset)
+            grid = _grid(path, dataset, size, taking.resolution)
+            asked = taking.resolution
+            resolution = size if grid is None or asked is None else (asked, asked)
+            _compare(path, resolution, description)
+            if grid is not None and alpha is None and _has_holes(dataset, there):
+                grid, alpha = replace(grid, adds_alpha=True), dataset.count + 1
+            scene = Scene(
+                path=path,
+                height=dataset.height if grid is None else grid.height,
+                width=dataset.width if grid is None else grid.width,
+                bands=bands,
+                alpha=alpha,
+                nodata=nodata,
+                empty=description.nodata,
+                resampled=grid,
+                resolution=resolution,
+            )
+            return _with_scale(scene, dataset, description, taking)
+    except Flaw as flaw:
+        raise unreadable(flaw) from None
+
+
+def unreadable(flaw: Flaw) -> SourceError:
+    """The same as an error: here no tile is left out, the prediction ends."""
+    return SourceError(str(flaw))
+
+
+def _alpha(dataset: Any) -> int | None:
+    """Index of a band that is a mask.
+
+    GDAL calls the fourth band of 8-bit images alpha when nobody says otherwise, so a band is taken as
+    a mask only if it knows no shades.
+    """
+    tagged = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour.name == "alpha"]
+    if dataset.count == 1 or len(tagged) != 1 or not _is_mask(dataset, tagged[0]):
+        return None
+    return int(tagged[0])
+
+
+def _is_mask(dataset: Any, index: int) -> bool:
+    shape = (min(dataset.height, _PROBE), min(dataset.width, _PROBE))
+    values = dataset.read(index, out_shape=shape)
+    full = np.iinfo(values.dtype).max if np.issubdtype(values.dtype, np.integer) else 1
+    return bool(np.isin(values, (0, 1, full)).all())
+
+
+# Which bands
+
+
+def _bands(
+    path: Path, dataset: Any, alpha: int | None, description: Description, taking: Taking
+) -> tuple[int | None, ...]:
+    """Where each band of the network is in the file; None for one that is missing."""
+    indexes = [index for index in dataset.indexes if index != alpha]
+    names = {index: (dataset.descriptions[index - 1] or "").strip().lower() for index in indexes}
+    wanted = [name.lower() for name in description.bands]
+    if taking.bands:
+        found = _as_told(path, taking.bands, names, description)
+    else:
+        found = _by_name(path, names, wanted) or _by_colour(path, dataset, indexes, wanted)
+        found = found or _by_place(path, dataset, names, description)
+    missing = [name for name, index in zip(description.bands, found, strict=True) if index is None]
+    if missing and (not taking.fill_missing or len(missing) == len(found)):
+        raise SourceError(
+            f"{path} has {_count(dataset, indexes)}; the run was trained on {_wanted(description)}, and"
+            f" {', '.join(missing)} is missing: --bands says where each band is, and --fill_missing"
+            " takes it as even, at the training's mean, which costs accuracy"
+        )
+    if missing:
+        logger.warning("%s: %s is missing and taken as even", path, ", ".join(missing))
+    types = {dataset.dtypes[index - 1] for index in found if index is not None}
+    if types != {description.dtype} and taking.scale is None:
+        raise SourceError(
+            f"{path} has {_count(dataset, indexes)}; the run was trained on {_wanted(description)}:"
+            f" --scale says how to take its pixels (a factor, {RANGE} or {STATISTICS})"
+        )
+    return tuple(found)
+
+
+def _count(dataset: Any, indexes: Sequence[int]) -> str:
+    types = ", ".join(dict.fromkeys(dataset.dtypes[index - 1] for index in indexes))
+    return f"{len(indexes)} bands of {types}"
+
+
+def _wanted(description: Description) -> str:
+    bands = description.bands
+    return f"{len(bands)} of {description.dtype} ({', '.join(bands)})"
+
+
+def _as_told(
+    path: Path, told: Sequence[str], names: Mapping[int, str], description: Description
+) -> list[int | None]:
+    if len(told) != len(description.bands):
+        raise BadInput(
+            f"--bands names {len(told)} bands, and the run was trained on {len(description.bands)}:"
+            f" say for each of {', '.join(description.bands)} in this order where it is in the file"
+        )
+    found: list[int | None] = []
+    for word in told:
+        matches = [index for index, name in names.items() if name == word.lower()]
+        if word == "-":
+            found.append(None)
+        elif matches:
+            found.append(matches[0])
+        elif word.isdecimal() and int(word) in names:
+            found.append(int(word))
+        else:
+            known = ", ".join(f"{index} {name}".strip() for index, name in names.items())
+            raise SourceError(f"{path} has no band {word!r}: it has {known}")
+    return found
+
+
+def _by_name(path: Path, names: Mapping[int, str], wanted: Sequence[str]) -> list[int | None]:
+    """By the names of the file's bands, where all of the network's are among them."""
+    places = {name: index for index, name in names.items() if name}
+    if not set(wanted) <= places.keys() or len(set(wanted)) < len(wanted):
+        return []
+    found: list[int | None] = [places[name] for name in wanted]
+    if found != sorted(places.values()):
+        order = ", ".join(name or "?" for name in names.values())
+        logger.info("%s: bands %s are put into the order %s", path, order, ", ".join(wanted))
+    return found
+
+
+def _by_colour(
+    path: Path, dataset: Any, indexes: Sequence[int], wanted: Sequence[str]
+) -> list[int | None]:
+    """By the file's colours, where it has red, green and blue; one band beside them is the fourth.
+
+    The fourth of 8-bit images is called alpha when nobody says otherwise; it has shades, or it would
+    not be here.
+    """
+    colours = {dataset.colorinterp[index - 1].name: index for index in indexes}
+    three = ("red", "green", "blue")
+    if not set(three) <= colours.keys() or not set(three) <= set(wanted) or len(wanted) > 4:
+        return []
+    others = [index for index in indexes if index not in [colours[name] for name in three]]
+    rest = [name for name in wanted if name not in three]
+    if len(others) > 1 and rest and rest[0] not in colours:
+        return []  # which of them, nobody knows
+    found: list[int | None] = []
+    for name in wanted:
+        if name in colours:
+            found.append(colours[name])
+        else:
+            found.append(others[0] if others else None)
+    if found != list(indexes):
+        logger.info("%s: by their colours, %s are bands %s", path, ", ".join(wanted), found)
+    return found
+
+
+def _by_place(
+    path: Path, dataset: Any, names: Mapping[int, str], description: Description
+) -> list[int | None]:
+    indexes, wanted = list(names), [name.lower() for name in description.bands]
+    if len(indexes) > len(wanted):
+        raise SourceError(
+            f"{path} has {_count(dataset, indexes)}; the run was trained on {_wanted(description)}:"
+            f" --bands 1,2,… says for each of {', '.join(description.bands)} where it is"
+        )
+    given = [name for name in names.values() if name]
+    if len(indexes) == len(wanted) and len(given) == len(indexes) and given != list(wanted):
+        logger.warning(
+            "%s: its bands are called %s, those of the training %s: taken in the order of the file",
+            path,
+            ", ".join(dataset.descriptions[index - 1] for index in indexes),
+            ", ".join(description.bands),
+        )
+    return [*indexes, *[None] * (len(wanted) - len(indexes))]
+
+
+# On which grid
+
+
+def _grid(
+    path: Path, dataset: Any, size: tuple[float, float] | None, resolution: float | None
+) -> Resampled | None:
+    if resolution is None:
+        return None
+    if size is None:
+        raise SourceError(
+            f"{path} cannot be resampled to {resolution} m: nothing says how large its pixels are (no"
+            " coordinate system, or control points only)"
+        )
+    width = max(1, round(dataset.width * size[0] / resolution))
+    height = max(1, round(dataset.height * size[1] / resolution))
+    if (height, width) == (dataset.height, dataset.width):
+        return None
+    a, b, c, d, e, f = tuple(dataset.transform)[:6]
+    across, down = dataset.width / width, dataset.height / height
+    return Resampled(
+        transform=(a * across, b * down, c, d * across, e * down, f),
+        height=height,
+        width=width,
+        coarser=across > 1,
+        adds_alpha=False,
+    )
+
+
+def _has_holes(dataset: Any, bands: Sequence[int]) -> bool:
+    """Whether a nodata value or a mask may say that some pixels hold no data."""
+    flags = {flag.name for flag in dataset.mask_flag_enums[0]}
+    return "per_dataset" in flags or any(dataset.nodatavals[band - 1] is not None for band in bands)
+
+
+def _compare(path: Path, resolution: tuple[float, float] | None, description: Description) -> None:
+    """Warn where the ground is shown larger or smaller than in the training."""
+    trained = description.resolution
+    if resolution is None or trained is None:
+        return
+    factor = math.sqrt(resolution[0] * resolution[1]) / trained
+    if not 1 / _ALIKE < factor < _ALIKE:
+        logger.warning(
+            "%s has pixels of %.3g m, the training had %.3g m: what the network knows looks otherwise"
+            " here; --resolution %.3g resamples the scene",
+            path,
+            trained * factor,
+            trained,
+            trained,
+        )
+
+
+# In which units
+
+
+def _with_scale(scene: Scene, dataset: Any, description: Description, taking: Taking) -> Scene:
+    """The scene with the gain and offset of each band, where its pixels are not taken as they are."""
+    bands = len(description.bands)
+    if taking.scale is None and None not in scene.bands:
+        return scene
+    gain, offset = [1.0] * bands, [0.0] * bands
+    if taking.scale == RANGE:
+        gain = [_range_factor(scene.path, dataset, scene, description)] * bands
+    elif taking.scale == STATISTICS:
+        gain, offset = _like_training(scene, dataset, description)
+    elif taking.scale is not None:
+        gain = [float(taking.scale)] * bands
+    for number, band in enumerate(scene.bands):
+        if band is None:
+            offset[number] = description.data_mean[number]
+    return replace(scene, gain=tuple(gain), offset=tuple(offset))
+
+
+def _range_factor(path: Path, dataset: Any, scene: Scene, description: Description) -> float:
+    (own,) = {dataset.dtypes[band - 1] for band in scene.bands if band is not None}
+    try:
+        return float(np.iinfo(description.dtype).max / np.iinfo(own).max)
+    except ValueError:
+        raise SourceError(
+            f"{path}: --scale {RANGE} is for integers, and this is {own} where the training had"
+            f" {description.dtype}: give a factor, or {STATISTICS}"
+        ) from None
+
+
+def _like_training(
+    scene: Scene, dataset: Any, description: Description
+) -> tuple[list[float], list[float]]:
+    """Gain and offset that give each band the mean and deviation of the training.
+
+    Measured on about a million pixels that lie evenly over the scene.
+    """
+    shape = (min(dataset.height, _SAMPLE), min(dataset.width, _SAMPLE))
+    gain, offset = [], []
+    there = [band for band in scene.bands if band is not None]
+    found = attempt(scene.path, lambda: dataset.read(there, out_shape=(len(there), *shape)))
+    valid = has_data(found, scene.nodata)
+    if scene.alpha is not None and scene.alpha <= dataset.count:
+        valid &= attempt(scene.path, lambda: dataset.read(scene.alpha, out_shape=shape)) > 0
+    elif "per_dataset" in {flag.name for flag in dataset.mask_flag_enums[0]}:
+        valid &= attempt(scene.path, lambda: dataset.read_masks(1, out_shape=shape)) > 0
+    if not valid.any():
+        return [1.0] * len(scene.bands), [0.0] * len(scene.bands)
+    bands = iter(found)
+    for number, band in enumerate(scene.bands):
+        mean, std = description.data_mean[number], description.data_std[number]
+        if band is None:
+            gain.append(1.0)
+            offset.append(mean)
+            continue
+        values = next(bands)[valid].astype(np.float64)
+        factor = std / float(values.std() or 1.0)
+        gain.append(factor)
+        offset.append(mean - factor * float(values.mean()))
+    return gain, offset
