@@ -304,6 +304,8 @@ def geodata() -> ModuleType:
     Its warning about tiles and scenes without coordinates is turned off: they are welcome here.
     """
     import rasterio  # noqa: PLC0415
+    import rasterio.vrt  # noqa: PLC0415
+    import rasterio.warp  # noqa: PLC0415
 
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     return rasterio  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ from agrivision.data.augment import Normaliser
 from agrivision.data.loader import evaluation_batches
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
-from agrivision.errors import AgrivisionError, BadInput, Unfaithful
+from agrivision.errors import AgrivisionError, BadInput, CheckpointError, Unfaithful
 from agrivision.inference.about import KEY, About
 from agrivision.inference.card import card
 from agrivision.inference.exported import SUFFIXES, Form, load_exported
@@ -147,7 +147,8 @@ def export(trained: TrainedModel, out: Path, form: Form, samples: Samples) -> Ex
     with replacing(out) as file:
         file.write(content)
         file.flush()
-        comparison = compare(trained, load_exported(Path(file.name), form, trained.device), samples)
+        again = _read_back(Path(file.name), form, trained)
+        comparison = compare(trained, again, samples)
         if not comparison.difference <= BOUND:  # which NaN is not, either
             raise Unfaithful(f"{out} is not written, its bound is {BOUND:g}: {comparison.line()}")
     about = out.with_name(out.name + ".md")
@@ -165,6 +166,20 @@ def _check(trained: TrainedModel, out: Path, form: Form) -> None:
     if form == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             need(name)
+
+
+def _read_back(beside: Path, form: Form, trained: TrainedModel) -> TrainedModel:
+    """What was written, as `predict` will load it.
+
+    Raises:
+        BadInput: the network needs something that is not loaded.
+    """
+    try:
+        return load_exported(beside, form, trained.device)
+    except CheckpointError as error:
+        raise BadInput(
+            f"this network cannot be exported as {form} ({error}): safetensors takes any"
+        ) from None
 
 
 @torch.inference_mode()

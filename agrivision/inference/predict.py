@@ -13,7 +13,7 @@ from agrivision.data.sources.layouts import LAYOUTS
 from agrivision.errors import BadInput, SourceError
 from agrivision.inference.journal import make_folder
 from agrivision.inference.predictor import Predictor
-from agrivision.inference.products import Products, make_products, outputs
+from agrivision.inference.products import INDEX, Products, make_index, make_products, outputs
 from agrivision.inference.scene import Taking, look
 from agrivision.inference.scenes import How, SceneWork
 from agrivision.inference.tiles import LABELS, PRESENCE, SUBMISSION, predict_tiles, shares
@@ -163,8 +163,8 @@ def predict(
         confidence=options.products.needs_confidence,
         probabilities=options.products.probabilities,
     )
-    options.products.check()
     scenes = [look(path, description, options.taking) for path in found.scenes]
+    options.products.check(scenes)
     works = [SceneWork(scene, out, how) for scene in scenes]
     shared = list(_shared(works, part))
     tiles = _count_tiles(found.tiles, options.batch_size, part)
@@ -188,6 +188,8 @@ def predict(
     for work, blocks in shared:
         there = _predict_scene(work, blocks, options.products, bar, stop)
         (done if there else unfinished).append(work.layers.map)
+    if len(done) == len(works) > 1:
+        make_index(works, out)
     return PredictSummary(
         out=out, tiles=tiles, maps=tuple(done), missing=missing, unfinished=tuple(unfinished)
     )
@@ -238,7 +240,7 @@ def check_outputs(paths: Sequence[Path], out: Path, products: Products) -> None:
         SourceError: two scenes have the same stem, or `out` is where the scenes are.
     """
     inputs = {path.resolve() for path in paths}
-    taken: dict[str, Path] = {}
+    taken: dict[str, Path] = {INDEX: Path("their index")} if len(paths) > 1 else {}
     for path in paths:
         for target in outputs(path, out, products):
             if target.name in taken:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from agrivision.data.sources.rasters import opened
 from agrivision.data.sources.source import Flaw
@@ -16,11 +22,22 @@ from agrivision.inference.reading import open_scene
 from agrivision.inference.scene import Scene, unreadable
 from agrivision.inference.scenes import SceneWork
 from agrivision.maps.boundaries import read_boundaries
+from agrivision.maps.cog import SIDECAR
 from agrivision.maps.fields import FieldTable, write_fields
-from agrivision.maps.polygons import PolygonOptions, PolygonSummary, write_polygons
+from agrivision.maps.hectares import class_hectares
+from agrivision.maps.page import Card, Confidence, FieldArea, Making, Page, write_index, write_page
+from agrivision.maps.polygons import PolygonOptions, write_polygons
+from agrivision.maps.stac import Network, stac_item, taken_at, write_stac
 from agrivision.maps.style import write_confidence_qml, write_qml
+from agrivision.rundir import RunDirectory
+from agrivision.storage import storage_error
 
 logger = logging.getLogger(__name__)
+
+INDEX = "index.html"
+_NAME = "products"  # in a scene's note
+_BINS = 20  # of the histogram of confidences
+_ROWS = 1024  # of a layer that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +81,19 @@ class Products:
         """Whether a layer of confidences is written."""
         return self.confidence or self.polygons
 
-    def check(self) -> None:
-        """Read what is needed besides scenes, before hours of work are done in vain.
+    def check(self, scenes: Sequence[Scene]) -> None:
+        """Look at what is needed besides pixels, before hours of work are done in vain.
 
         Raises:
-            SourceError: the layer of fields cannot be used.
+            SourceError: the layer of fields cannot be used, or a scene that needs a place has none.
         """
         if self.fields is not None:
             read_boundaries(self.fields, self.field_name)
+        for scene in scenes if self.fields is not None or self.smallest else ():
+            if not _is_placed(scene):
+                what = "--fields" if self.fields is not None else "--smallest"
+                what = f"has no coordinate system, and {what} needs one: leave it out, or assign one"
+                raise unreadable(Flaw(scene.path, "coordinates", what))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +106,12 @@ class _Files:
     geopackage: Path | None
     geojson: Path | None
     fields: Path | None
+    item: Path
+    page: Path
 
     @classmethod
     def of(cls, stem: str, out: Path, products: Products) -> _Files:
-        def place(suffix: str, *, wanted: bool = True) -> Path | None:
+        def place(suffix: str, *, wanted: bool) -> Path | None:
             return out / f"{stem}{suffix}" if wanted else None
 
         return cls(
@@ -97,10 +121,14 @@ class _Files:
             geopackage=place(".gpkg", wanted=products.polygons),
             geojson=place(".geojson", wanted=products.polygons),
             fields=place(".fields.csv", wanted=products.fields is not None),
+            item=out / f"{stem}.json",
+            page=out / f"{stem}.html",
         )
 
-    def all(self) -> list[Path]:
-        return [path for path in vars(self).values() if path is not None]
+    def all(self, *, placed: bool) -> list[Path]:
+        """Those that are made of a scene; without a place on the Earth there is no GeoJSON."""
+        found = [path for path in vars(self).values() if path is not None]
+        return [path for path in found if placed or path != self.geojson]
 
 
 def outputs(scene: Path, out: Path, products: Products) -> list[Path]:
@@ -110,7 +138,7 @@ def outputs(scene: Path, out: Path, products: Products) -> list[Path]:
         layers.append(out / f"{scene.stem}.confidence.tif")
     if products.probabilities:
         layers.append(out / f"{scene.stem}.probabilities.tif")
-    return [*layers, *_Files.of(scene.stem, out, products).all()]
+    return [*layers, *_Files.of(scene.stem, out, products).all(placed=True)]
 
 
 def make_products(work: SceneWork, products: Products) -> None:
@@ -124,16 +152,43 @@ def make_products(work: SceneWork, products: Products) -> None:
     digest = f"{work.digest} {products}"
     if products.fields is not None:
         digest += f" {stamp(products.fields)}"
-    there = [path for path in files.all() if path != files.geojson or _has_degrees(work.scene)]
-    if work.note.holds("products", digest, there):
+    there = files.all(placed=_is_placed(work.scene))
+    if work.note.holds(_NAME, digest, there):
         return
     made = outputs(work.scene.path, work.out, products)
     remove_leftovers(work.out, {part for path in made for part in (path.name, path.stem)})
-    _Maker(work, products, files).make()
-    work.note.add("products", digest, there)
+    try:
+        page = _Maker(work, products, files).make()
+    except Flaw as flaw:
+        raise unreadable(flaw) from None
+    except OSError as error:
+        raise storage_error(files.page, error) from error
+    work.note.add(_NAME, digest, there, pixels=page.pixels, hectares=page.hectares)
 
 
-def _has_degrees(scene: Scene) -> bool:
+def make_index(works: Sequence[SceneWork], out: Path) -> None:
+    """Write the page that leads to those of several scenes, all of which are finished.
+
+    Raises:
+        StorageError, NotWritable: the disk refused.
+    """
+    cards = []
+    for work in works:
+        about, stem = work.note.about(_NAME), work.scene.path.stem
+        hectares = about["hectares"]
+        cards.append(
+            Card(
+                stem=stem,
+                legend=work.how.legend,
+                pixels=tuple(about["pixels"]),
+                hectares=None if hectares is None else tuple(hectares),
+                quicklook=out / f"{stem}.png",
+            )
+        )
+    write_index(out / INDEX, cards)
+
+
+def _is_placed(scene: Scene) -> bool:
     """Whether anybody knows where on the Earth a scene lies."""
     try:
         with opened(scene.path) as dataset:
@@ -148,42 +203,40 @@ class _Maker:
     def __init__(self, work: SceneWork, products: Products, files: _Files) -> None:
         self._work, self._products, self._files = work, products, files
         self._scene, self._layers, self._legend = work.scene, work.layers, work.how.legend
+        self._placed = _is_placed(work.scene)
 
-    def make(self) -> None:
+    def make(self) -> Page:
         write_qml(self._files.style, self._legend)
         if self._files.confidence_style is not None:
             write_confidence_qml(self._files.confidence_style)
-        self._picture()
+        with open_scene(self._scene) as dataset, opened(self._layers.map) as finished:
+            about = self._work.how.predictor.description
+            write_quicklook(self._files.picture, dataset, self._scene, finished, about)
+            taken = taken_at(dataset)
         if self._products.polygons:
             self._polygons()
-        if self._products.fields is not None:
-            self._fields(self._products.fields)
+        table = None if self._products.fields is None else self._fields(self._products.fields)
+        self._item(taken)
+        page = self._page(taken, table)
+        write_page(self._files.page, page)
+        return page
 
-    def _picture(self) -> None:
-        try:
-            with open_scene(self._scene) as dataset, opened(self._layers.map) as finished:
-                about = self._work.how.predictor.description
-                write_quicklook(self._files.picture, dataset, self._scene, finished, about)
-        except Flaw as flaw:
-            raise unreadable(flaw) from None
-
-    def _polygons(self) -> PolygonSummary:
-        placed = _has_degrees(self._scene)
-        if not placed:
+    def _polygons(self) -> None:
+        if not self._placed:
             logger.warning(
                 "%s: nothing says where it lies, so there are no hectares and no GeoJSON",
                 self._scene.path,
             )
-        include = tuple(range(len(self._legend.classes))) if self._products.background else None
-        return write_polygons(
+        every = tuple(range(len(self._legend.classes)))
+        write_polygons(
             self._layers.map,
             self._legend,
             self._scene.path.stem,
             geopackage=self._files.geopackage,
-            geojson=self._files.geojson if placed else None,
+            geojson=self._files.geojson if self._placed else None,
             confidence=self._layers.confidence,
             options=PolygonOptions(
-                include=include,
+                include=every if self._products.background else None,
                 sieve=self._products.smallest,
                 simplify=self._products.simplify * self._units_a_metre(),
             ),
@@ -200,7 +253,7 @@ class _Maker:
 
     def _fields(self, boundaries: Path) -> FieldTable:
         assert self._files.fields is not None
-        return write_fields(
+        table = write_fields(
             self._layers.map,
             boundaries,
             self._legend,
@@ -208,3 +261,132 @@ class _Maker:
             self._files.fields,
             name_column=self._products.field_name,
         )
+        if table.outside:
+            logger.info("%s: %d fields lie outside", self._scene.path, table.outside)
+        return table
+
+    def _written(self) -> list[Path]:
+        """The files of the scene in their order, those that GDAL may add among them."""
+        paths = list(self._layers.paths().values())
+        sidecars = [path.with_name(path.name + SIDECAR) for path in paths[:1]]
+        return [
+            *paths,
+            *(path for path in sidecars if path.exists()),
+            *self._files.all(placed=self._placed),
+        ]
+
+    @cached_property
+    def _network(self) -> Network:
+        first = self._work.how.predictor.networks[0]
+        scores = RunDirectory(first.folder.parents[1]).evaluations()
+        return Network(
+            data_fingerprint=first.description.data_fingerprint,
+            step=first.step,
+            miou=scores.get(first.step) if first.folder.is_dir() else None,
+        )
+
+    def _item(self, taken: datetime | None) -> None:
+        files = [path for path in self._written() if path != self._files.item]
+        item = stac_item(
+            self._layers.map, files, legend=self._legend, network=self._network, taken=taken
+        )
+        write_stac(self._files.item, item)
+
+    def _page(self, taken: datetime | None, table: FieldTable | None) -> Page:
+        classes = class_hectares(self._layers.map, self._legend)
+        hectares = [each.hectares for each in classes if each.hectares is not None]
+        with opened(self._layers.map) as dataset:
+            crs, transform = dataset.crs or dataset.gcps[1], dataset.transform
+        return Page(
+            stem=self._scene.path.stem,
+            legend=self._legend,
+            pixels=tuple(each.pixels for each in classes),
+            hectares=tuple(hectares) if len(hectares) == len(classes) else None,
+            confidence=self._confidence(),
+            fields=() if table is None else _areas(table, len(classes)),
+            making=self._making(),
+            height=self._scene.height,
+            width=self._scene.width,
+            crs=None if crs is None else _name_of(crs),
+            pixel_size=_size(self._scene, transform),
+            taken=None if taken is None else taken.strftime("%Y-%m-%d %H:%M UTC"),
+            quicklook=self._files.picture,
+            files=tuple(path for path in self._written() if path != self._files.page),
+        )
+
+    def _confidence(self) -> Confidence | None:
+        """Sums over the layer, some rows at a time."""
+        if self._layers.confidence is None:
+            return None
+        counts = np.zeros((256, 256), np.int64)  # by class id and confidence
+        with opened(self._layers.map) as ids, opened(self._layers.confidence) as layer:
+            for top in range(0, ids.height, _ROWS):
+                window = ((top, min(top + _ROWS, ids.height)), (0, ids.width))
+                pairs = ids.read(1, window=window).astype(np.uint16) << 8
+                pairs |= layer.read(1, window=window)
+                counts += np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)
+        known = counts[: len(self._legend.classes)]
+        pixels, values = known.sum(), np.arange(256) / 255
+        if not pixels:
+            return None
+        bins = np.minimum(np.arange(256) * _BINS // 255, _BINS - 1)
+        histogram = np.bincount(bins, known.sum(0), minlength=_BINS) / pixels
+        by_class = [float(row @ values / row.sum()) if row.any() else None for row in known]
+        return Confidence(
+            mean=float(known.sum(0) @ values / pixels),
+            by_class=tuple(by_class),
+            histogram=tuple(histogram.tolist()),
+        )
+
+    def _making(self) -> Making:
+        how, scene = self._work.how, self._scene
+        wanted = how.predictor.description.bands
+        with opened(scene.path) as dataset:
+            bands = tuple(
+                (name, "missing" if band is None else _band(dataset, band))
+                for name, band in zip(wanted, scene.bands, strict=True)
+            )
+        return Making(
+            checkpoints=tuple(network.folder.name for network in how.predictor.networks),
+            step=self._network.step,
+            miou=self._network.miou,
+            data_fingerprint=self._network.data_fingerprint,
+            bands=bands,
+            window=how.tiling.tile,
+            overlap=how.tiling.overlap,
+            views=8 if how.predictor.symmetries else 1,
+            precision=how.predictor.precision,
+            resampled=None if scene.resampled is None else f"to {self._work.scene.resolution} m",
+        )
+
+
+def _areas(table: FieldTable, classes: int) -> tuple[FieldArea, ...]:
+    """Hectares by class of each field in the order of the table."""
+    found: dict[str, list[float]] = {}
+    for row in table.rows:
+        areas = found.setdefault(row.field, [0.0] * classes)
+        if row.class_id is not None:
+            areas[row.class_id] = row.hectares
+    return tuple(FieldArea(name=name, hectares=tuple(areas)) for name, areas in found.items())
+
+
+def _band(dataset: Any, band: int) -> str:
+    name = dataset.descriptions[band - 1]
+    return f"band {band} ({name})" if name else f"band {band}"
+
+
+def _name_of(crs: Any) -> str:
+    """`EPSG:26914`, or the name that it gives itself."""
+    code = crs.to_epsg()
+    if code is not None:
+        return f"EPSG:{code}"
+    return str(crs.to_dict(projjson=True).get("name", "its own"))
+
+
+def _size(scene: Scene, transform: Any) -> str | None:
+    if scene.resolution is not None:
+        across, down = scene.resolution
+        return f"{across:.3g} x {down:.3g} m"
+    if transform.is_identity:
+        return None
+    return f"{math.hypot(transform.a, transform.d):.6g} x {math.hypot(transform.b, transform.e):.6g}"

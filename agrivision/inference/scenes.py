@@ -325,17 +325,24 @@ class Note:
         """Whether files were made under this digest, and are still what was made."""
         try:
             known = self._read()[name]
-            return bool(known == {"digest": digest, "files": _digests(files)})
+            return bool((known["digest"], known["files"]) == (digest, _digests(files)))
         except (OSError, KeyError, TypeError):
             return False
 
-    def add(self, name: str, digest: str, files: Sequence[Path]) -> None:
-        """Files were made under this digest.
+    def about(self, name: str) -> dict[str, Any]:
+        """What was noted with the files of this name; empty where nothing was."""
+        found = self._read().get(name)
+        more = found.get("about") if isinstance(found, dict) else None
+        return more if isinstance(more, dict) else {}
+
+    def add(self, name: str, digest: str, files: Sequence[Path], **about: Any) -> None:
+        """Files were made under this digest; JSON values about them may be kept, too.
 
         Raises:
             StorageError, NotWritable: the disk refused.
         """
-        content = self._read() | {name: {"digest": digest, "files": _digests(files)}}
+        made = {"digest": digest, "files": _digests(files), "about": about}
+        content = self._read() | {name: made}
         write_atomically(self._path, json.dumps(content).encode())
 
     def _read(self) -> dict[str, Any]:

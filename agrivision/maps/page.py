@@ -92,14 +92,29 @@ class Making:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
-    """What is to be said of a scene's map.
+class Card:
+    """What a page that leads to many scenes says of one.
 
     Attributes:
-        stem: of the files; the page is `STEM.html`.
+        stem: of the files; the scene's own page is `STEM.html`.
         legend: of the map.
         pixels: by class id.
         hectares: by class id; None where the scene lies nowhere on the globe.
+        quicklook: `STEM.png`, or None.
+    """
+
+    stem: str
+    legend: Legend
+    pixels: tuple[int, ...]
+    hectares: tuple[float, ...] | None
+    quicklook: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Card):
+    """What is to be said of a scene's map.
+
+    Attributes:
         confidence: None where it was not asked for.
         fields: in the order of the table.
         making: how it was made.
@@ -108,14 +123,9 @@ class Page:
         crs: name of its coordinate system; None without one.
         pixel_size: sides of a pixel with their unit, as `0.6 x 0.6 m`; None where it has no transform.
         taken: when it was photographed; None where nobody knows.
-        quicklook: `STEM.png`, or None.
         files: those beside the page, of which it tells the size; ends as `LAYERS` has them.
     """
 
-    stem: str
-    legend: Legend
-    pixels: tuple[int, ...]
-    hectares: tuple[float, ...] | None
     confidence: Confidence | None
     fields: tuple[FieldArea, ...]
     making: Making
@@ -124,7 +134,6 @@ class Page:
     crs: str | None
     pixel_size: str | None
     taken: str | None
-    quicklook: Path | None
     files: tuple[Path, ...]
 
 
@@ -153,7 +162,7 @@ def write_page(target: Path, page: Page) -> None:
     write_atomically(target, _document(page.stem, parts).encode())
 
 
-def write_index(target: Path, pages: Sequence[Page], title: str = "Maps") -> None:
+def write_index(target: Path, pages: Sequence[Card], title: str = "Maps") -> None:
     """Write a page that leads to those of many scenes, with a small picture and the area of each.
 
     Args:
@@ -387,7 +396,7 @@ def _file_list(files: Iterable[Path]) -> str:
     return f'<ul class="files">\n{chr(10).join(lines)}\n</ul>'
 
 
-def _card(page: Page) -> str:
+def _card(page: Card) -> str:
     picture = ""
     if page.quicklook is not None:
         picture = _picture(page.quicklook, _SMALL, f"Scene and map of {page.stem}")
@@ -400,7 +409,7 @@ def _card(page: Page) -> str:
     )
 
 
-def _total(pages: Sequence[Page]) -> str:
+def _total(pages: Sequence[Card]) -> str:
     """The classes of all scenes together; those of other classes have a table of their own."""
     tables = []
     for legend in dict.fromkeys(page.legend for page in pages):

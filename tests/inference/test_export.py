@@ -245,6 +245,16 @@ def test_what_is_not_the_same_is_not_written(
     assert out.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [out]
 
 
+def test_what_cannot_be_read_back_is_not_written(
+    original: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(export_module._WRITERS, "safetensors", lambda _: b"half")
+    samples = find_samples(original, None, None, 1)
+    with pytest.raises(BadInput, match="safetensors takes any"):
+        export(original, tmp_path / "network.safetensors", "safetensors", samples)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_the_images_come_from(
     original: TrainedModel, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

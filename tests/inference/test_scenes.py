@@ -239,7 +239,7 @@ def test_a_map_tells_what_it_is(
     with Image.open(tmp_path / "out" / "s.png") as picture:
         assert picture.mode == "RGB"
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [".predict", "s.png", "s.qml", "s.tif"]
+    assert names == [".predict", "s.html", "s.json", "s.png", "s.qml", "s.tif"]
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
