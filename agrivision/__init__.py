@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from agrivision.data.prepare import PrepareOptions as PrepareOptions
     from agrivision.data.prepare import prepare as prepare
     from agrivision.data.sources.synthetic import synthesize as synthesize
+    from agrivision.inference.api import Prediction as Prediction
+    from agrivision.inference.api import predict_array as predict_array
+    from agrivision.inference.api import predict_scene as predict_scene
+    from agrivision.inference.exported import load_model as load_model
+    from agrivision.inference.predict import PredictOptions as PredictOptions
     from agrivision.inference.scoring import evaluate_run as evaluate_run
     from agrivision.inference.trained import TrainedModel as TrainedModel
     from agrivision.inference.trained import load_run as load_run
@@ -25,11 +30,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "agrivision.config",
+    "PredictOptions": "agrivision.inference.predict",
+    "Prediction": "agrivision.inference.api",
     "PrepareOptions": "agrivision.data.prepare",
     "TrainedModel": "agrivision.inference.trained",
     "UNet": "agrivision.model.unet",
     "evaluate_run": "agrivision.inference.scoring",
+    "load_model": "agrivision.inference.exported",
     "load_run": "agrivision.inference.trained",
+    "predict_array": "agrivision.inference.api",
+    "predict_scene": "agrivision.inference.api",
     "prepare": "agrivision.data.prepare",
     "read_config": "agrivision.options",
     "synthesize": "agrivision.data.sources.synthetic",

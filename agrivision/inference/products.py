@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 
 from agrivision.data.sources.rasters import opened
 from agrivision.data.sources.source import Flaw
-from agrivision.errors import BadInput
+from agrivision.errors import BadInput, SourceError
 from agrivision.inference.journal import remove_leftovers, stamp
 from agrivision.inference.quicklook import write_quicklook
 from agrivision.inference.reading import open_scene
 from agrivision.inference.scene import Scene, unreadable
 from agrivision.inference.scenes import SceneWork
+from agrivision.maps.areas import Unmeasurable
 from agrivision.maps.boundaries import read_boundaries
 from agrivision.maps.cog import SIDECAR
 from agrivision.maps.fields import FieldTable, write_fields
+from agrivision.maps.geojson import NoLongitudes
+from agrivision.maps.grid import grid_of
 from agrivision.maps.hectares import class_hectares
 from agrivision.maps.page import Card, Confidence, FieldArea, Making, Page, write_index, write_page
 from agrivision.maps.polygons import PolygonOptions, write_polygons
@@ -87,13 +91,17 @@ class Products:
         Raises:
             SourceError: the layer of fields cannot be used, or a scene that needs a place has none.
         """
-        if self.fields is not None:
-            read_boundaries(self.fields, self.field_name)
+        if self.fields is not None and read_boundaries(self.fields, self.field_name).crs is None:
+            raise SourceError(f"{self.fields} has no coordinate system: assign it, with ogr2ogr -a_srs")
         for scene in scenes if self.fields is not None or self.smallest else ():
-            if not _is_placed(scene):
-                what = "--fields" if self.fields is not None else "--smallest"
-                what = f"has no coordinate system, and {what} needs one: leave it out, or assign one"
-                raise unreadable(Flaw(scene.path, "coordinates", what))
+            what = "--fields" if self.fields is not None else "--smallest"
+            try:
+                with opened(scene.path) as dataset:
+                    _ = grid_of(dataset).ground
+            except Unmeasurable as error:
+                raise SourceError(f"{scene.path}: leave out {what}, since {error}") from None
+            except Flaw as flaw:
+                raise unreadable(flaw) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +133,9 @@ class _Files:
             page=out / f"{stem}.html",
         )
 
-    def all(self, *, placed: bool) -> list[Path]:
-        """Those that are made of a scene; without a place on the Earth there is no GeoJSON."""
-        found = [path for path in vars(self).values() if path is not None]
-        return [path for path in found if placed or path != self.geojson]
+    def all(self) -> list[Path]:
+        """Those that are asked for; there is no GeoJSON of a scene that is nowhere on the Earth."""
+        return [path for path in vars(self).values() if path is not None]
 
 
 def outputs(scene: Path, out: Path, products: Products) -> list[Path]:
@@ -138,7 +145,7 @@ def outputs(scene: Path, out: Path, products: Products) -> list[Path]:
         layers.append(out / f"{scene.stem}.confidence.tif")
     if products.probabilities:
         layers.append(out / f"{scene.stem}.probabilities.tif")
-    return [*layers, *_Files.of(scene.stem, out, products).all(placed=True)]
+    return [*layers, *_Files.of(scene.stem, out, products).all()]
 
 
 def make_products(work: SceneWork, products: Products) -> None:
@@ -152,7 +159,7 @@ def make_products(work: SceneWork, products: Products) -> None:
     digest = f"{work.digest} {products}"
     if products.fields is not None:
         digest += f" {stamp(products.fields)}"
-    there = files.all(placed=_is_placed(work.scene))
+    there = [path for path in files.all() if path.exists()]
     if work.note.holds(_NAME, digest, there):
         return
     made = outputs(work.scene.path, work.out, products)
@@ -163,6 +170,7 @@ def make_products(work: SceneWork, products: Products) -> None:
         raise unreadable(flaw) from None
     except OSError as error:
         raise storage_error(files.page, error) from error
+    there = [path for path in files.all() if path.exists()]
     work.note.add(_NAME, digest, there, pixels=page.pixels, hectares=page.hectares)
 
 
@@ -192,7 +200,7 @@ def _is_placed(scene: Scene) -> bool:
     """Whether anybody knows where on the Earth a scene lies."""
     try:
         with opened(scene.path) as dataset:
-            return dataset.crs is not None or bool(dataset.gcps[0] and dataset.gcps[1])
+            return scene.resolution is not None or bool(dataset.gcps[0] and dataset.gcps[1])
     except Flaw as flaw:
         raise unreadable(flaw) from None
 
@@ -222,18 +230,29 @@ class _Maker:
         return page
 
     def _polygons(self) -> None:
-        if not self._placed:
-            logger.warning(
-                "%s: nothing says where it lies, so there are no hectares and no GeoJSON",
-                self._scene.path,
-            )
+        geojson = self._files.geojson
+        assert geojson is not None
+        try:
+            geojson.unlink(missing_ok=True)  # of an earlier prediction; there may be none of this one
+            if self._placed:
+                self._write_polygons(geojson)
+            else:
+                logger.warning(
+                    "%s: nothing says where it lies, so there are no hectares and no GeoJSON",
+                    self._scene.path,
+                )
+                self._write_polygons(None)
+        except NoLongitudes as error:
+            logger.warning("%s", error)
+
+    def _write_polygons(self, geojson: Path | None) -> None:
         every = tuple(range(len(self._legend.classes)))
         write_polygons(
             self._layers.map,
             self._legend,
             self._scene.path.stem,
             geopackage=self._files.geopackage,
-            geojson=self._files.geojson if self._placed else None,
+            geojson=geojson,
             confidence=self._layers.confidence,
             options=PolygonOptions(
                 include=every if self._products.background else None,
@@ -243,13 +262,16 @@ class _Maker:
         )
 
     def _units_a_metre(self) -> float:
-        """Units of the scene's coordinate system in a metre; pixels where nobody knows."""
-        if self._scene.resolution is None:
-            return 1.0
+        """Units of the scene's coordinate system in a metre, in its middle; 1 where nobody knows."""
         with opened(self._layers.map) as dataset:
-            a, b, _, d, e, _ = tuple(dataset.transform)[:6]
-        across, down = self._scene.resolution
-        return math.sqrt(abs(a * e - b * d) / (across * down))
+            grid = grid_of(dataset)
+        row, column = grid.height // 2, grid.width // 2
+        pixel = shapely.transform(shapely.box(column, row, column + 1, row + 1), grid.world)
+        try:
+            metres = float(grid.ground.areas(np.array([pixel]))[0])
+        except Unmeasurable:
+            return 1.0
+        return math.sqrt(pixel.area / metres) if metres > 0 else 1.0
 
     def _fields(self, boundaries: Path) -> FieldTable:
         assert self._files.fields is not None
@@ -269,11 +291,10 @@ class _Maker:
         """The files of the scene in their order, those that GDAL may add among them."""
         paths = list(self._layers.paths().values())
         sidecars = [path.with_name(path.name + SIDECAR) for path in paths[:1]]
-        return [
-            *paths,
-            *(path for path in sidecars if path.exists()),
-            *self._files.all(placed=self._placed),
-        ]
+        products = self._files.all()
+        if self._files.geojson is not None and not self._files.geojson.exists():
+            products.remove(self._files.geojson)
+        return [*paths, *(path for path in sidecars if path.exists()), *products]
 
     @cached_property
     def _network(self) -> Network:

@@ -24,6 +24,9 @@ RANGE, STATISTICS = "range", "statistics"
 _PROBE = 256  # pixels: side to which a band is reduced to see whether it is a mask
 _SAMPLE = 1024  # pixels: side to which a scene is thinned out for its statistics
 _ALIKE = 1.25  # a ground resolution is the training's where they differ by a smaller factor
+_FINEST = 64  # times finer than they are, scenes may be resampled: more is a slip of the units
+_WHOLE = (1, 255, 32_767, 65_535)  # what an alpha band holds where it hides nothing, besides the most
+_MOSTLY = 0.9  # of the pixels that an alpha band shows it shows wholly; the rest may be a soft edge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,19 +180,22 @@ def _alpha(dataset: Any) -> int | None:
     """Index of a band that is a mask.
 
     GDAL calls the fourth band of 8-bit images alpha when nobody says otherwise, so a band is taken as
-    a mask only if it knows no shades.
+    a mask only if it knows no shades, but for those of a soft edge.
     """
     tagged = [i for i, colour in enumerate(dataset.colorinterp, 1) if colour.name == "alpha"]
-    if dataset.count == 1 or len(tagged) != 1 or not _is_mask(dataset, tagged[0]):
-        return None
-    return int(tagged[0])
+    masks = [index for index in tagged if dataset.count > 1 and _is_mask(dataset, index)]
+    return masks[0] if len(masks) == 1 else None
 
 
 def _is_mask(dataset: Any, index: int) -> bool:
     shape = (min(dataset.height, _PROBE), min(dataset.width, _PROBE))
     values = dataset.read(index, out_shape=shape)
-    full = np.iinfo(values.dtype).max if np.issubdtype(values.dtype, np.integer) else 1
-    return bool(np.isin(values, (0, 1, full)).all())
+    shown = values[values != 0]
+    if not len(shown):
+        return True
+    most = np.iinfo(values.dtype).max if np.issubdtype(values.dtype, np.integer) else 1
+    whole = shown.max()
+    return bool(whole in (*_WHOLE, most) and np.mean(shown == whole) >= _MOSTLY)
 
 
 # Which bands
@@ -201,22 +207,29 @@ def _bands(
     """Where each band of the network is in the file; None for one that is missing."""
     indexes = [index for index in dataset.indexes if index != alpha]
     names = {index: (dataset.descriptions[index - 1] or "").strip().lower() for index in indexes}
-    wanted = [name.lower() for name in description.bands]
     if taking.bands:
         found = _as_told(path, taking.bands, names, description)
     else:
-        found = _by_name(path, names, wanted) or _by_colour(path, dataset, indexes, wanted)
+        found = _by_name(path, dataset, names, description)
         found = found or _by_place(path, dataset, names, description)
+        _refuse_palette(path, dataset, found)
     missing = [name for name, index in zip(description.bands, found, strict=True) if index is None]
     if missing and (not taking.fill_missing or len(missing) == len(found)):
         raise SourceError(
-            f"{path} has {_count(dataset, indexes)}; the run was trained on {_wanted(description)}, and"
-            f" {', '.join(missing)} is missing: --bands says where each band is, and --fill_missing"
-            " takes it as even, at the training's mean, which costs accuracy"
+            f"{path} has {_count(dataset, indexes)}; the run was trained on {_wanted(description)};"
+            f" missing: {', '.join(missing)}. --bands says where each band is, and --fill_missing takes"
+            " one that is not there as even, at the training's mean, which costs accuracy"
         )
     if missing:
-        logger.warning("%s: %s is missing and taken as even", path, ", ".join(missing))
+        logger.warning("%s: missing and taken as even: %s", path, ", ".join(missing))
     types = {dataset.dtypes[index - 1] for index in found if index is not None}
+    if any("complex" in dtype for dtype in types):
+        raise SourceError(f"{path} has complex pixels: make bands of their amplitudes first")
+    if len(types) > 1:
+        raise SourceError(
+            f"{path} has bands of several types ({', '.join(sorted(types))}): give them one first, with"
+            " gdal_translate -ot"
+        )
     if types != {description.dtype} and taking.scale is None:
         raise SourceError(
             f"{path} has {_count(dataset, indexes)}; the run was trained on {_wanted(description)}:"
@@ -227,7 +240,7 @@ def _bands(
 
 def _count(dataset: Any, indexes: Sequence[int]) -> str:
     types = ", ".join(dict.fromkeys(dataset.dtypes[index - 1] for index in indexes))
-    return f"{len(indexes)} bands of {types}"
+    return f"{len(indexes)} band{'s' if len(indexes) > 1 else ''} of {types}"
 
 
 def _wanted(description: Description) -> str:
@@ -244,57 +257,77 @@ def _as_told(
             f" say for each of {', '.join(description.bands)} in this order where it is in the file"
         )
     found: list[int | None] = []
-    for word in told:
-        matches = [index for index, name in names.items() if name == word.lower()]
+    for word in (each.strip() for each in told):
+        matches = [index for index, name in names.items() if word and name == word.lower()]
         if word == "-":
             found.append(None)
-        elif matches:
-            found.append(matches[0])
         elif word.isdecimal() and int(word) in names:
             found.append(int(word))
+        elif len(matches) == 1:
+            found.append(matches[0])
         else:
             known = ", ".join(f"{index} {name}".strip() for index, name in names.items())
-            raise SourceError(f"{path} has no band {word!r}: it has {known}")
+            how_many = "several bands" if matches else "no band"
+            raise SourceError(f"{path} has {how_many} {word!r}: it has {known}")
     return found
 
 
-def _by_name(path: Path, names: Mapping[int, str], wanted: Sequence[str]) -> list[int | None]:
-    """By the names of the file's bands, where all of the network's are among them."""
-    places = {name: index for index, name in names.items() if name}
-    if not set(wanted) <= places.keys() or len(set(wanted)) < len(wanted):
-        return []
-    found: list[int | None] = [places[name] for name in wanted]
-    if found != sorted(places.values()):
-        order = ", ".join(name or "?" for name in names.values())
-        logger.info("%s: bands %s are put into the order %s", path, order, ", ".join(wanted))
-    return found
-
-
-def _by_colour(
-    path: Path, dataset: Any, indexes: Sequence[int], wanted: Sequence[str]
+def _by_name(
+    path: Path, dataset: Any, names: Mapping[int, str], description: Description
 ) -> list[int | None]:
-    """By the file's colours, where it has red, green and blue; one band beside them is the fourth.
+    """By the names and colours of the file's bands, where they say anything of the network's.
 
-    The fourth of 8-bit images is called alpha when nobody says otherwise; it has shades, or it would
-    not be here.
+    The rest are taken in the order of the file where as many are left on either side: the fourth band
+    beside red, green and blue, say.
     """
-    colours = {dataset.colorinterp[index - 1].name: index for index in indexes}
-    three = ("red", "green", "blue")
-    if not set(three) <= colours.keys() or not set(three) <= set(wanted) or len(wanted) > 4:
+    wanted = [name.lower() for name in description.bands]
+    colours = _telling_colours(dataset, names, wanted)
+    known = {index: name if name in wanted else colours.get(index, "") for index, name in names.items()}
+    places = {name: [i for i, label in known.items() if label == name] for name in wanted}
+    if not any(places.values()) or len(places) < len(wanted):
         return []
-    others = [index for index in indexes if index not in [colours[name] for name in three]]
-    rest = [name for name in wanted if name not in three]
-    if len(others) > 1 and rest and rest[0] not in colours:
-        return []  # which of them, nobody knows
-    found: list[int | None] = []
-    for name in wanted:
-        if name in colours:
-            found.append(colours[name])
-        else:
-            found.append(others[0] if others else None)
-    if found != list(indexes):
-        logger.info("%s: by their colours, %s are bands %s", path, ", ".join(wanted), found)
+    others = [index for index, label in known.items() if not label]
+    missing = [name for name in wanted if not places[name]]
+    unclear = [name for name in wanted if len(places[name]) > 1]
+    if missing and others and len(others) != len(missing):
+        unclear += missing
+    if unclear:
+        raise SourceError(
+            f"{path} has {_count(dataset, list(names))}; the run was trained on {_wanted(description)}:"
+            f" which of them is {' or '.join(unclear)}, nobody knows; --bands 1,2,… says for each of"
+            f" {', '.join(description.bands)} where it is"
+        )
+    rest = iter(others)
+    found = [places[name][0] if places[name] else next(rest, None) for name in wanted]
+    called = ", ".join(known[index] or names[index] or "?" for index in names)
+    if missing and others and (len(missing) > 1 or names[others[0]]):
+        guessed = ", ".join(missing)
+        logger.warning("%s has bands %s: order of the file taken for %s", path, called, guessed)
+    elif [index for index in found if index is not None] != list(names):
+        logger.info("%s: bands %s are put into the order %s", path, called, ", ".join(wanted))
     return found
+
+
+def _telling_colours(dataset: Any, names: Mapping[int, str], wanted: Sequence[str]) -> dict[int, str]:
+    """Colours by band, where they can be believed.
+
+    Three bands are called red, green and blue when nobody says otherwise, in false colours, too: that
+    counts only where the network wants all three.
+    """
+    colours = {index: dataset.colorinterp[index - 1].name for index in names}
+    three = {"red", "green", "blue"}
+    natural = three <= set(colours.values()) and three <= set(wanted)
+    if not natural and not set(wanted) <= set(colours.values()):
+        return {}
+    return {index: colour for index, colour in colours.items() if colour in wanted}
+
+
+def _refuse_palette(path: Path, dataset: Any, found: Sequence[int | None]) -> None:
+    if any(dataset.colorinterp[index - 1].name == "palette" for index in found if index is not None):
+        raise SourceError(
+            f"{path} holds numbers of colours in a palette, not shades: make bands of it first, with"
+            " gdal_translate -expand rgb, or name it in --bands"
+        )
 
 
 def _by_place(
@@ -334,6 +367,11 @@ def _grid(
     height = max(1, round(dataset.height * size[1] / resolution))
     if (height, width) == (dataset.height, dataset.width):
         return None
+    if max(width / dataset.width, height / dataset.height) > _FINEST:
+        raise SourceError(
+            f"{path} has pixels of {size[0]:.3g} x {size[1]:.3g} m: at {resolution} m it would have"
+            f" {width} x {height} pixels; --resolution is in metres a pixel"
+        )
     a, b, c, d, e, f = tuple(dataset.transform)[:6]
     across, down = dataset.width / width, dataset.height / height
     return Resampled(

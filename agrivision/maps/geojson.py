@@ -27,6 +27,10 @@ _DIGITS = 9  # of a degree: a tenth of a millimetre
 _SOME = 10_000  # polygons at a time
 
 
+class NoLongitudes(SourceError):
+    """Polygons that GeoJSON cannot express."""
+
+
 def write_geojson(target: Path, layer: VectorLayer, grid: Grid) -> None:
     """Write polygons as a collection of features.
 
@@ -36,7 +40,7 @@ def write_geojson(target: Path, layer: VectorLayer, grid: Grid) -> None:
         grid: of the map.
 
     Raises:
-        SourceError: a pole lies in the scene, or it has places without longitude and latitude.
+        NoLongitudes: a pole lies in the scene, or it has places without longitude and latitude.
         StorageError, NotWritable: the disk refused.
     """
     with replacing(target) as file:
@@ -61,7 +65,7 @@ def _geometries(target: Path, polygons: NDArray[Any], grid: Grid) -> Iterator[st
         return
     place, pole = transformer(grid.crs, WGS84), _pole(grid)
     if pole:
-        raise SourceError(
+        raise NoLongitudes(
             f"cannot write {target}: the {pole} pole lies in the scene, and GeoJSON knows no polygon"
             " around it; take the GeoPackage"
         )
@@ -74,7 +78,7 @@ def _geometries(target: Path, polygons: NDArray[Any], grid: Grid) -> Iterator[st
             for polygon in shapely.orient_polygons(some):
                 yield str(shapely.to_geojson(_within_the_world(polygon)))
     except Nowhere as error:
-        raise SourceError(
+        raise NoLongitudes(
             f"cannot write {target}: places of the scene have no longitude and latitude ({error}); take"
             " the GeoPackage"
         ) from None

@@ -33,8 +33,8 @@ class Grid:
     """The pixels of a raster.
 
     With ground control points instead of a transform, pixels lie where GDAL's polynomial through the
-    points puts them, as they do in QGIS. A raster that has neither, nor a coordinate system, lies in a
-    plane of pixels with its rows downwards from 0, where QGIS shows it too.
+    points puts them, as they do in QGIS. A raster that has neither lies in a plane of pixels with its
+    rows downwards from 0, where QGIS shows it too.
 
     Attributes:
         height: rows.
@@ -155,7 +155,7 @@ def strips(dataset: Any) -> Iterator[Span]:
 def grid_of(dataset: Any) -> Grid:
     """The grid of an open raster of rasterio."""
     points, system = dataset.gcps
-    placed = not dataset.transform.is_identity or dataset.crs is not None
+    placed = not dataset.transform.is_identity
     if not placed and points:
         return Grid(
             height=dataset.height,
@@ -166,9 +166,8 @@ def grid_of(dataset: Any) -> Grid:
         )
     down = Affine(1, 0, 0, 0, -1, 0)
     transform = dataset.transform if placed else down
-    return Grid(
-        height=dataset.height, width=dataset.width, crs=dataset.crs or None, transform=transform
-    )
+    crs = dataset.crs if placed else None  # that alone does not say where
+    return Grid(height=dataset.height, width=dataset.width, crs=crs or None, transform=transform)
 
 
 def _cuts(length: int, side: float) -> NDArray[np.int64]:

@@ -292,7 +292,7 @@ def _edge(height: int, width: int) -> list[tuple[float, float]]:
     ]
 
 
-def _on_globe(places: Sequence[tuple[float, float]]) -> Polygon | MultiPolygon:
+def _on_globe(places: Sequence[tuple[float, float]]) -> Polygon | MultiPolygon | None:
     """An outline as a polygon, in two where the antimeridian cuts it (RFC 7946, section 3.1.9)."""
     ring = [places[0]]
     for x, y in (*places[1:], places[0]):  # unrolled: no step is longer than half way round
@@ -310,6 +310,8 @@ def _on_globe(places: Sequence[tuple[float, float]]) -> Polygon | MultiPolygon:
     for turn in range(round(west / 360), round(east / 360) + 1):
         part = polygon.intersection(box(360 * turn - 180, -90, 360 * turn + 180, 90))
         parts += [orient(translate(piece, -360 * turn)) for piece in get_parts(part) if piece.area > 0]
+    if not parts:  # a line or a point: of a system that is not of the Earth's surface
+        return None
     return parts[0] if len(parts) == 1 else MultiPolygon(parts)
 
 

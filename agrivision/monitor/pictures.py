@@ -177,9 +177,11 @@ def panel(
 
 
 def enlarge(picture: Picture) -> Picture:
-    """Repeat the pixels of a small picture until it is worth looking at."""
-    factor = -(-_SMALLEST_PANE // picture.shape[1])
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    """Repeat the pixels of a small picture until it is worth looking at; a narrow one gets a margin."""
+    factor = -(-_SMALLEST_PANE // max(picture.shape[:2]))
+    larger = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    margin = max(0, _SMALLEST_PANE - larger.shape[1])
+    return np.pad(larger, ((0, 0), (0, margin), (0, 0))) if margin else larger
 
 
 def sheet(panes: Sequence[Picture], captions: Sequence[str], classes: Sequence[str]) -> Picture:

@@ -17,23 +17,28 @@ def pixel_size(dataset: Any) -> tuple[float, float] | None:
         dataset: of rasterio; its coordinates are needed, not its pixels.
 
     Returns:
-        None where the raster has no coordinate system, or one that leads nowhere on the Earth.
+        None where the raster has no coordinate system, or one that leads nowhere on the Earth's face.
     """
-    if dataset.crs is None or dataset.transform.is_identity:
+    crs = dataset.crs
+    if crs is None or not (crs.is_geographic or crs.is_projected) or dataset.transform.is_identity:
         return None
     a, b, c, d, e, f = tuple(dataset.transform)[:6]
     column, row = dataset.width / 2, dataset.height / 2
     x, y = a * column + b * row + c, d * column + e * row + f
     rasterio = geodata()
+    from rasterio._err import CPLE_BaseError  # noqa: PLC0415 - as late as `geodata`
+
     try:
         longitudes, latitudes = rasterio.warp.transform(
-            dataset.crs, "EPSG:4326", [x, x + a, x + b], [y, y + d, y + e]
+            crs, "EPSG:4326", [x, x + a, x + b], [y, y + d, y + e]
         )
-    except (rasterio.errors.RasterioError, ValueError):
+    except (rasterio.errors.RasterioError, CPLE_BaseError, ValueError):
+        return None
+    if not all(map(math.isfinite, (*longitudes, *latitudes))):
         return None
     places = list(zip(longitudes, latitudes, strict=True))
     across, down = (_distance(places[0], place) for place in places[1:])
-    return (across, down) if all(map(math.isfinite, (across, down))) and across * down > 0 else None
+    return (across, down) if across * down > 0 else None
 
 
 def _distance(one: tuple[float, float], two: tuple[float, float]) -> float:
