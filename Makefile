@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.agrivision-installed
 BENCH_STAMP := $(VENV)/.agrivision-bench-installed
 FUZZ_STAMP := $(VENV)/.agrivision-fuzz-installed
-BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant gpu
+BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant maps gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-faults storm fuzz cluster cluster-stop bench check audit clean

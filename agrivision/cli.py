@@ -404,7 +404,9 @@ def _add_product_options(parser: _Parser) -> None:
     parser.add_argument(
         "--fields", type=str, default=None, help="vector layer of fields: a table of hectares by field"
     )
-    parser.add_argument("--field_name", type=str, default=None, help="its column with the fields' names")
+    parser.add_argument(
+        "--field_name", type=str, default=None, help="its column with the fields' names"
+    )
 
 
 def _export(argv: list[str]) -> ExitCode:

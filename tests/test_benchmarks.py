@@ -33,9 +33,10 @@ CLAIMS = {
     "step": {"T1"},
     "ddp": {"T2"},
     "order": {"S1"},
+    "maps": {"M1"},
     "gpu": {"G1", "G2", "G4"},
 }
-WITHOUT_DATA = {"step", "ddp", "order", "gpu"}
+WITHOUT_DATA = {"step", "ddp", "order", "maps", "gpu"}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from agrivision.inference.tiles import LABELS, PRESENCE, SUBMISSION, predict_til
 from agrivision.inference.tilesets import Tiles, check_keys, grouped, open_dataset, open_folder
 from agrivision.inference.tiling import Tiling
 from agrivision.inference.trained import Description, TrainedModel
+from agrivision.maps.geopackage import check_name
 from agrivision.model.precision import Precision
 from agrivision.monitor.progress import Progress, progress
 from agrivision.part import WHOLE, Part, Stop, never
@@ -27,6 +28,7 @@ from agrivision.part import WHOLE, Part, Stop, never
 logger = logging.getLogger(__name__)
 
 LIST = ".txt"  # suffix of a file that names inputs, one a line
+GEOPACKAGE = ".gpkg"
 _SHOWN = 5
 
 
@@ -218,17 +220,22 @@ def _listed(inputs: Sequence[Path]) -> list[Path]:
     """The inputs, lists replaced by what they name."""
     found: list[Path] = []
     for path in inputs:
-        if path.suffix.lower() != LIST or not path.is_file():
+        if path.suffix.lower() != LIST:
             found.append(path)
             continue
         try:
-            lines = [line.strip() for line in path.read_text().splitlines()]
+            if not path.is_file():
+                found.append(path)
+                continue
+            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+            named = [path.parent / line for line in lines if line and not line.startswith("#")]
+            absent = [each for each in named if not each.exists()]
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"{path} is no list of paths: {error}") from None
-        named = [path.parent / line for line in lines if line and not line.startswith("#")]
-        for each in named:
-            if not each.exists():
-                raise SourceError(f"{path} names {each}, which does not exist")
+        if not named:
+            raise SourceError(f"{path} names nothing: a path a line belongs there")
+        if absent:
+            raise SourceError(f"{path} names {absent[0]}, which does not exist")
         found.extend(named)
     return found
 
@@ -238,11 +245,16 @@ def check_outputs(paths: Sequence[Path], out: Path, products: Products) -> None:
 
     Raises:
         SourceError: two scenes have the same stem, or `out` is where the scenes are.
+        NotWritable: a scene has a name of which no GeoPackage can be made.
     """
     inputs = {path.resolve() for path in paths}
     taken: dict[str, Path] = {INDEX: Path("their index")} if len(paths) > 1 else {}
     for path in paths:
+        if taken.get(f"{path.stem}.tif") == path:
+            raise SourceError(f"{path} is given twice: leave one out")
         for target in outputs(path, out, products):
+            if target.suffix == GEOPACKAGE:
+                check_name(target)
             if target.name in taken:
                 raise SourceError(
                     f"{taken[target.name]} and {path} would both become {target}: rename one, or"
@@ -268,12 +280,15 @@ def _find(
 ) -> _Found:
     found = _Found([], [])
     for path in inputs:
-        if path.resolve() == out.resolve():
-            raise SourceError(f"{out} is an input: choose another folder with --out")
-        tiles = _find_tiles(path, options.split, description)
-        found.tiles.extend(tiles)
-        if not tiles:
-            found.scenes.extend(find_scenes(path, allow_vrt=options.allow_vrt))
+        try:
+            if path.resolve() == out.resolve():
+                raise SourceError(f"{out} is an input: choose another folder with --out")
+            tiles = _find_tiles(path, options.split, description)
+            found.tiles.extend(tiles)
+            if not tiles:
+                found.scenes.extend(find_scenes(path, allow_vrt=options.allow_vrt))
+        except (OSError, RuntimeError) as error:  # no permission, too long a name, links in a circle
+            raise SourceError(f"{path} cannot be read: {error}") from None
     if options.split is not None and found.scenes:
         logger.warning("scenes have no splits: %r does not choose among them", options.split)
     return found
@@ -304,6 +319,8 @@ def find_scenes(path: Path, *, allow_vrt: bool = False) -> list[Path]:
             hint = f": {ALLOW_VRT}" if path.suffix.lower() == VRT else f" ({_formats()})"
             raise SourceError(f"{path} is no raster of a known format{hint}")
         return [path]
+    if not path.is_dir():
+        raise SourceError(f"{path} is neither a file nor a folder")
     folder = path / "scenes" if (path / "scenes").is_dir() else path
     scenes = list(_rasters(folder, allow_vrt))
     if not scenes:

@@ -200,7 +200,7 @@ def _is_placed(scene: Scene) -> bool:
     """Whether anybody knows where on the Earth a scene lies."""
     try:
         with opened(scene.path) as dataset:
-            return scene.resolution is not None or bool(dataset.gcps[0] and dataset.gcps[1])
+            return scene.resolution is not None or bool(dataset.gcps[0] and grid_of(dataset).crs)
     except Flaw as flaw:
         raise unreadable(flaw) from None
 

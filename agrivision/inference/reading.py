@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from agrivision.data.parts import geodata
 from agrivision.data.sources.rasters import attempt, has_data, opened, own_mask
 from agrivision.data.sources.source import Window
+from agrivision.inference.resampling import resampled
 from agrivision.inference.scene import Scene
 from agrivision.inference.tiling import Block, Tiling
 from agrivision.model.padding import mirrored
 
 Slices = tuple[tuple[int, int], tuple[int, int]]  # rows and columns, ends excluded
+_CACHE_MEGABYTES = 256  # of blocks that GDAL keeps; its own idea is a twentieth of the machine
 _WARP_MEGABYTES = 64  # that GDAL takes to resample
 
 
@@ -111,17 +113,12 @@ class ScenePixels:
             Flaw: the file cannot be read there.
         """
         scene = self._scene
-        (top, bottom), (left, right) = inside
-        where = (left, top, right, bottom)
-        there = [band for band in scene.bands if band is not None]
-        found: NDArray[Any] = attempt(
-            scene.path, lambda: self._dataset.read(there, window=inside), where
-        )
-        valid = attempt(scene.path, lambda: own_mask(self._dataset, inside), where)
-        if scene.alpha is not None:
-            alpha = attempt(scene.path, lambda: self._dataset.read(scene.alpha, window=inside), where)
-            valid = valid & np.greater(alpha, 0)
-        valid = valid & has_data(found, scene.nodata)
+        if scene.resampled is None:
+            found, valid = self._read(self._dataset, inside)
+        else:
+            file, target = self._dataset.src_dataset, (scene.height, scene.width)
+            size = (file.height, file.width)
+            found, valid = resampled(lambda part: self._read(file, part), size, target, inside)
         pixels = scene.scaled(found)
         if scene.empty is not None:
             pixels[:, ~valid] = scene.empty
@@ -129,15 +126,29 @@ class ScenePixels:
             pixels[:, ~valid] = np.nan  # to the network the mean; -9999 would outshine the neighbours
         return pixels, valid
 
+    def _read(self, file: Any, inside: Slices) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Bands that are there, as they are in the file, and where there is data."""
+        scene = self._scene
+        (top, bottom), (left, right) = inside
+        where = (left, top, right, bottom)
+        there = [band for band in scene.bands if band is not None]
+        found: NDArray[Any] = attempt(scene.path, lambda: file.read(there, window=inside), where)
+        valid = attempt(scene.path, lambda: own_mask(file, inside), where)
+        if scene.alpha is not None:
+            alpha = attempt(scene.path, lambda: file.read(scene.alpha, window=inside), where)
+            valid = valid & np.greater(alpha, 0)
+        return found, valid & has_data(found, scene.nodata)
+
 
 @contextmanager
 def open_scene(scene: Scene) -> Iterator[Any]:
-    """The scene's raster, resampled on the way where it was asked for.
+    """The scene's raster, on the grid on which it is predicted; `ScenePixels` knows what has data.
 
     Raises:
         Flaw: it cannot be opened.
     """
     with ExitStack() as stack:
+        stack.enter_context(geodata().Env(GDAL_CACHEMAX=_CACHE_MEGABYTES))
         dataset = stack.enter_context(opened(scene.path))
         if scene.resampled is not None:
             grid, rasterio = scene.resampled, geodata()
@@ -150,7 +161,6 @@ def open_scene(scene: Scene) -> Iterator[Any]:
                     width=grid.width,
                     height=grid.height,
                     resampling=how.average if grid.coarser else how.bilinear,
-                    add_alpha=grid.adds_alpha,
                     warp_mem_limit=_WARP_MEGABYTES,
                     warp_extras={"UNIFIED_SRC_NODATA": "YES"},
                 )

@@ -25,6 +25,7 @@ _PROBE = 256  # pixels: side to which a band is reduced to see whether it is a m
 _SAMPLE = 1024  # pixels: side to which a scene is thinned out for its statistics
 _ALIKE = 1.25  # a ground resolution is the training's where they differ by a smaller factor
 _FINEST = 64  # times finer than they are, scenes may be resampled: more is a slip of the units
+_COARSEST = 512  # times coarser
 _WHOLE = (1, 255, 32_767, 65_535)  # what an alpha band holds where it hides nothing, besides the most
 _MOSTLY = 0.9  # of the pixels that an alpha band shows it shows wholly; the rest may be a soft edge
 
@@ -71,14 +72,12 @@ class Resampled:
         height: in pixels.
         width: in pixels.
         coarser: whether its pixels are larger than the scene's.
-        adds_alpha: whether a band that says where there is data is added on the way.
     """
 
     transform: tuple[float, float, float, float, float, float]
     height: int
     width: int
     coarser: bool
-    adds_alpha: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +152,6 @@ def look(path: Path, description: Description, taking: Taking = Taking()) -> Sce
             asked = taking.resolution
             resolution = size if grid is None or asked is None else (asked, asked)
             _compare(path, resolution, description)
-            if grid is not None and alpha is None and _has_holes(dataset, there):
-                grid, alpha = replace(grid, adds_alpha=True), dataset.count + 1
             scene = Scene(
                 path=path,
                 height=dataset.height if grid is None else grid.height,
@@ -367,7 +364,9 @@ def _grid(
     height = max(1, round(dataset.height * size[1] / resolution))
     if (height, width) == (dataset.height, dataset.width):
         return None
-    if max(width / dataset.width, height / dataset.height) > _FINEST:
+    finer = max(width / dataset.width, height / dataset.height)
+    coarser = max(dataset.width / width, dataset.height / height)
+    if finer > _FINEST or coarser > _COARSEST:
         raise SourceError(
             f"{path} has pixels of {size[0]:.3g} x {size[1]:.3g} m: at {resolution} m it would have"
             f" {width} x {height} pixels; --resolution is in metres a pixel"
@@ -379,14 +378,7 @@ def _grid(
         height=height,
         width=width,
         coarser=across > 1,
-        adds_alpha=False,
     )
-
-
-def _has_holes(dataset: Any, bands: Sequence[int]) -> bool:
-    """Whether a nodata value or a mask may say that some pixels hold no data."""
-    flags = {flag.name for flag in dataset.mask_flag_enums[0]}
-    return "per_dataset" in flags or any(dataset.nodatavals[band - 1] is not None for band in bands)
 
 
 def _compare(path: Path, resolution: tuple[float, float] | None, description: Description) -> None:
@@ -450,7 +442,7 @@ def _like_training(
     there = [band for band in scene.bands if band is not None]
     found = attempt(scene.path, lambda: dataset.read(there, out_shape=(len(there), *shape)))
     valid = has_data(found, scene.nodata)
-    if scene.alpha is not None and scene.alpha <= dataset.count:
+    if scene.alpha is not None:
         valid &= attempt(scene.path, lambda: dataset.read(scene.alpha, out_shape=shape)) > 0
     elif "per_dataset" in {flag.name for flag in dataset.mask_flag_enums[0]}:
         valid &= attempt(scene.path, lambda: dataset.read_masks(1, out_shape=shape)) > 0

@@ -287,7 +287,7 @@ class SceneWork:
                     path.touch()  # the system says why it cannot be made, clearer than GDAL would
                     files[kind] = stack.enter_context(geodata().open(path, "w", **profiles[kind]))
                     if points[0]:
-                        files[kind].gcps = points
+                        files[kind].gcps = (points[0], points[1] or geodata().CRS())
                 cells = assemble(
                     self._store, self.grid, classes, probabilities="probabilities" in beside
                 )
@@ -298,7 +298,8 @@ class SceneWork:
                         digests[kind].append((cell, _digest(layer)))
         except geodata().errors.RasterioError as error:
             reason = " ".join(str(error.__cause__ or error).split())
-            raise StorageError(f"cannot write {self.layers.map}: {reason}") from None
+            why = f"{reason}; is the disk full?"
+            raise StorageError(f"cannot write {self.layers.map}: {why}") from None
         return digests
 
     def _tags(self) -> dict[str, str]:

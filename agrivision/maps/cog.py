@@ -136,7 +136,8 @@ def _described(
         _copy(dataset, view.name, driver="VRT")
         with rasterio.open(view.name, "r+", driver="VRT") as described:
             if dataset.gcps[0]:  # the view's text has fewer digits
-                described.gcps = dataset.gcps
+                points, system = dataset.gcps
+                described.gcps = (points, system or rasterio.CRS())
             described.nodata = nodata
             described.update_tags(**tags)
             for band, description in enumerate(descriptions, 1):

@@ -46,6 +46,16 @@ VALUES ('layer_styles', 'attributes', 'layer_styles', '', :written, 0)
 """
 
 
+def check_name(target: Path) -> None:
+    """Check that a file of this name can be written.
+
+    Raises:
+        NotWritable: GDAL would take it for something else, since it holds a semicolon, say.
+    """
+    if vsi_path(target.absolute()) != str(target.absolute()):
+        raise NotWritable(f"cannot write {target}: GDAL takes its name for something else; rename it")
+
+
 def write_geopackage(target: Path, layer: VectorLayer, crs: Any, style: tuple[str, str]) -> None:
     """Write polygons as the only layer of a GeoPackage.
 
@@ -58,9 +68,8 @@ def write_geopackage(target: Path, layer: VectorLayer, crs: Any, style: tuple[st
     Raises:
         StorageError, NotWritable: the disk refused.
     """
+    check_name(target)
     beside = target.with_name(f".{target.stem}.{os.getpid()}.part.gpkg").absolute()
-    if vsi_path(beside) != str(beside):
-        raise NotWritable(f"cannot write {target}: GDAL takes its name for something else; rename it")
     try:
         beside.touch()  # the system says more clearly than GDAL why it cannot be made
         beside.unlink()

@@ -13,6 +13,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from rasterio import Affine
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import RasterioError
 from rasterio.transform import GCPTransformer
 
@@ -156,7 +157,7 @@ def grid_of(dataset: Any) -> Grid:
     """The grid of an open raster of rasterio."""
     points, system = dataset.gcps
     placed = not dataset.transform.is_identity
-    if not placed and points:
+    if not placed and _is_solvable(points):
         return Grid(
             height=dataset.height,
             width=dataset.width,
@@ -168,6 +169,15 @@ def grid_of(dataset: Any) -> Grid:
     transform = dataset.transform if placed else down
     crs = dataset.crs if placed else None  # that alone does not say where
     return Grid(height=dataset.height, width=dataset.width, crs=crs or None, transform=transform)
+
+
+def _is_solvable(points: list[Any]) -> bool:
+    """Whether a polynomial goes through ground control points: not with too few, or on one line."""
+    try:
+        with GCPTransformer(points):
+            return bool(points)
+    except (RasterioError, CPLE_BaseError, ValueError):
+        return False
 
 
 def _cuts(length: int, side: float) -> NDArray[np.int64]:

@@ -93,7 +93,7 @@ MAPPERS = {
     RASTERVISION: Mapper(
         title="raster-vision, predict_dataset, smooth labels",
         opens="rastervision:smooth",
-        needs=("rastervision", "rastervision.pytorch_learner"),
+        needs=("rastervision",),
     ),
     ALONE: Mapper(title="agrivision, the map alone", opens="scenes:alone"),
     OURS: Mapper(title="agrivision predict", opens="scenes:ours"),

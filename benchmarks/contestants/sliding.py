@@ -33,13 +33,13 @@ def starts(length: int, side: int, stride: int) -> list[int]:
 
 def _script(setting: Setting, batch: int, layout: torch.memory_format) -> Make:
     model, description = load_network(setting)
-    model.to(memory_format=layout)  # type: ignore[call-overload]
+    model.to(memory_format=layout)
     side, classes = setting.side, len(description.classes)
 
     def probabilities(images: list[NDArray[np.uint8]]) -> Tensor:
         pixels = torch.from_numpy(np.stack(images).astype(np.float32)).to(setting.device)
         with torch.no_grad(), setting.autocast():
-            logits = model(pixels.contiguous(memory_format=layout))
+            logits: Tensor = model(pixels.contiguous(memory_format=layout))
         return logits.float().softmax(1)
 
     def make(scene: Path, folder: Path) -> Path:

@@ -89,6 +89,10 @@ def check(path: Path) -> None:
     """
     if str(path.absolute()).startswith("/vsi"):
         raise Flaw(path, "elsewhere", "is a name that GDAL does not take for a file's")
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise Flaw(path, "elsewhere", "has a name that is no UTF-8: rename it") from None
     _check_beside(path)
     if path.suffix.lower() == VRT:
         for source in vrt_sources(path):
