@@ -289,6 +289,9 @@ def _predict(argv: list[str]) -> ExitCode:
         required=True,
         help="run directory, checkpoint or exported network; given several times, they are averaged",
     )
+    parser.add_argument(
+        "--batch_size", type=int, default=None, help="tiles or windows in one forward pass"
+    )
     _add_network(parser)
     parser.add_argument(
         "inputs",
@@ -435,11 +438,11 @@ def _export(argv: list[str]) -> ExitCode:
 
 def _add_checkpoint(parser: _Parser) -> None:
     parser.add_argument("--checkpoint", type=str, required=True, help="run directory or checkpoint")
+    parser.add_argument("--batch_size", type=int, default=8, help="tiles in one forward pass")
     _add_network(parser)
 
 
 def _add_network(parser: _Parser) -> None:
-    parser.add_argument("--batch_size", type=int, default=8, help="tiles in one forward pass")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
 

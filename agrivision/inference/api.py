@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,9 @@ def predict_array(
         CheckpointError: the run cannot be loaded.
     """
     how = options or PredictOptions()
-    predictor = Predictor.of(_loaded(run), symmetries=how.symmetries, precision=how.precision)
+    predictor = replace(
+        Predictor.of(_loaded(run), symmetries=how.symmetries, precision=how.precision), fast=True
+    )
     about = predictor.description
     if array.ndim != 3 or array.shape[0] != len(about.bands) or not array.size:
         raise BadInput(
@@ -93,13 +95,12 @@ def predict_array(
             valid = ~(array == about.nodata).all(0)
     pixels = ArrayPixels(array, valid)
     tiling = Tiling.of(about, how.tile, how.margin, how.overlap)
+    batch_size = how.batch_size or tiling.batch(predictor.device)
     grid, store = Grid.of(tiling, *array.shape[1:]), Memory()
     for number in range(grid.blocks):
         block = grid.block(number)
         cut = read_block(pixels, block, tiling)
-        sums = add_up(
-            predictor, cut, grid, block, tiling, batch_size=how.batch_size, report=lambda _: None
-        )
+        sums = add_up(predictor, cut, grid, block, tiling, batch_size=batch_size, report=lambda _: None)
         keep(store, grid, block, sums, cut.valid, probabilities=True)
     ids = np.empty(array.shape[1:], np.uint8)
     confidence = np.empty(array.shape[1:], np.float32)

@@ -75,7 +75,6 @@ def add_up(
     sums = torch.zeros(classes, y2 - y1, x2 - x1, device=predictor.device)
     pixels = torch.from_numpy(cut.pixels)
     side, margin = tiling.tile, tiling.margin
-    inner = slice(margin, margin + side)
     for batch in _batches(cut, grid, block, batch_size):
         if stop():
             raise Interrupted("stopped; finished blocks are kept, and the same command goes on")
@@ -83,7 +82,7 @@ def add_up(
         images = torch.stack(
             [pixels[:, y : y + side + 2 * margin, x : x + side + 2 * margin] for y, x in places]
         )
-        found = predictor.probabilities(images)[..., inner, inner]
+        found = predictor.probabilities(images, margin=margin)
         for (row, column), (y, x), each in zip(batch, places, found, strict=True):
             weights = np.outer(grid.rows.weights(row), grid.columns.weights(column) * ONE)
             weighted = each * torch.from_numpy(weights).to(each.device)
@@ -91,7 +90,7 @@ def add_up(
         report(len(batch))
     report(grid.count(block) - sum(map(len, _batches(cut, grid, block, batch_size))))
     inside = sums[:, : block.extent[3] - y1, : block.extent[2] - x1]
-    return inside.to(torch.int32).cpu().numpy().astype(np.uint16)
+    return inside.cpu().numpy().astype(np.uint16)
 
 
 def _batches(cut: Cut, grid: Grid, block: Block, batch_size: int) -> Iterator[list[tuple[int, int]]]:
@@ -117,8 +116,10 @@ def decide(sums: Sums, valid: NDArray[np.bool_], *, probabilities: bool) -> Valu
     Returns:
         Of equal sums the class with the lowest id.
     """
-    ids = sums.argmax(0).astype(np.uint8)
-    best = np.take_along_axis(sums, ids[None], 0)[0]
+    ids, best = np.zeros(valid.shape, np.uint8), sums[0].copy()
+    for class_id, each in enumerate(sums[1:], 1):  # several times as fast as argmax over the first axis
+        np.putmask(ids, each > best, class_id)
+        np.maximum(best, each, out=best)
     ids[~valid] = NODATA
     confidence = np.where(valid, np.maximum(_byte(best), 1), 0).astype(np.uint8)
     kept = np.where(valid, _byte(sums), 0).astype(np.uint8) if probabilities else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agrivision.data.schema import FILE_NAME
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LIST = ".txt"  # suffix of a file that names inputs, one a line
 GEOPACKAGE = ".gpkg"
+_TILES = 8  # in one forward pass, where nobody says
 _SHOWN = 5
 
 
@@ -38,7 +39,8 @@ class PredictOptions:
 
     Attributes:
         split: of a data set or an Agriculture-Vision folder; None for all.
-        batch_size: tiles, or windows of a scene, in one forward pass.
+        batch_size: tiles, or windows of a scene, in one forward pass; None takes 8, and on a processor
+            as many windows as make half a megapixel: more only takes more memory there.
         threads: that read and write beside the network.
         precision: of the forward pass.
         tile: side in pixels of the windows of a scene; None takes that of the training tiles.
@@ -52,7 +54,7 @@ class PredictOptions:
     """
 
     split: str | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     threads: int = 2
     precision: Precision = "fp32"
     tile: int | None = None
@@ -157,10 +159,12 @@ def predict(
     found = _find(_listed(inputs), out, options, description)
     check_keys(found.tiles)
     check_outputs(found.scenes, out, options.products)
+    tiling = Tiling.of(description, options.tile, options.margin, options.overlap)
+    batch_size = options.batch_size or _TILES
     how = How(
-        predictor=predictor,
-        tiling=Tiling.of(description, options.tile, options.margin, options.overlap),
-        batch_size=options.batch_size,
+        predictor=replace(predictor, fast=True),
+        tiling=tiling,
+        batch_size=options.batch_size or tiling.batch(predictor.device),
         threads=options.threads,
         confidence=options.products.needs_confidence,
         probabilities=options.products.probabilities,
@@ -169,7 +173,7 @@ def predict(
     options.products.check(scenes)
     works = [SceneWork(scene, out, how) for scene in scenes]
     shared = list(_shared(works, part))
-    tiles = _count_tiles(found.tiles, options.batch_size, part)
+    tiles = _count_tiles(found.tiles, batch_size, part)
     bar = bar or progress("predicting", unit="tile", show=False)
     bar.total(tiles + sum(work.windows(blocks) for work, blocks in shared))
     make_folder(out)
@@ -179,7 +183,7 @@ def predict(
             predictor,
             found.tiles,
             out,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             threads=options.threads,
             report=bar.advance,
             part=part,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from agrivision.errors import BadInput
 from agrivision.inference.trained import Description, TrainedModel
+from agrivision.model.folding import folded
 from agrivision.model.precision import Precision
 
 
@@ -23,11 +25,13 @@ class Predictor:
         symmetries: whether each sees an image in all eight positions of a square (test-time
             augmentation), eight times the work.
         precision: of the forward passes.
+        fast: normalisation is folded into convolutions, which changes probabilities by rounding.
     """
 
     networks: tuple[TrainedModel, ...]
     symmetries: bool = False
     precision: Precision = "fp32"
+    fast: bool = False
 
     @classmethod
     def of(
@@ -63,22 +67,29 @@ class Predictor:
         """Where the probabilities are."""
         return self.networks[0].device
 
+    @cached_property
+    def _ready(self) -> Sequence[TrainedModel]:
+        if not self.fast:
+            return self.networks
+        return [replace(each, module=folded(each.module)) for each in self.networks]
+
     @torch.inference_mode()
-    def probabilities(self, images: torch.Tensor | NDArray[Any]) -> torch.Tensor:
+    def probabilities(self, images: torch.Tensor | NDArray[Any], *, margin: int = 0) -> torch.Tensor:
         """Class probabilities of a batch of images.
 
         Args:
             images: (batch, bands, height, width), pixels as in the data set.
+            margin: pixels along each edge that are of no interest.
 
         Returns:
-            (batch, classes, height, width) float32 on the device.
+            (batch, classes, height, width) float32 on the device, less the margins.
         """
         tensor = torch.as_tensor(images)
         total: torch.Tensor | None = None
-        for network in self.networks:
+        for network in self._ready:
             for turns, mirrored in positions(self.symmetries):
                 turned = _turn(tensor, turns, mirrored=mirrored)
-                found = network.probabilities(turned, precision=self.precision)
+                found = network.probabilities(turned, precision=self.precision, margin=margin)
                 back = _turn_back(found, turns, mirrored=mirrored)
                 total = back if total is None else total.add_(back)
         assert total is not None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from agrivision.data.sources.source import Window
@@ -18,6 +19,8 @@ from agrivision.errors import BadInput
 from agrivision.inference.trained import Description
 
 _GRID = 16  # pixels: margins and strides of a multiple let windows meet the down-sampling in one phase
+_BATCH = 8
+_PROCESSOR_PIXELS = 1 << 19  # that a processor computes at a time: it is no faster with more
 _BLOCK = 2048  # pixels: about the side of a block; its sums take 4 bytes a class and pixel
 
 
@@ -67,6 +70,12 @@ class Tiling:
     def stride(self) -> int:
         """Pixels from one window to the next."""
         return self.tile - self.overlap
+
+    def batch(self, device: torch.device) -> int:
+        """Windows in one forward pass, where nobody says."""
+        if device.type != "cpu":
+            return _BATCH
+        return max(1, min(_BATCH, _PROCESSOR_PIXELS // (self.tile + 2 * self.margin) ** 2))
 
     def axis(self, length: int) -> Axis:
         """The windows along a side of a scene of so many pixels."""

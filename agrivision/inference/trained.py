@@ -143,16 +143,21 @@ class TrainedModel:
 
     @torch.inference_mode()
     def probabilities(
-        self, images: torch.Tensor | NDArray[Any], *, precision: Precision = "fp32"
+        self,
+        images: torch.Tensor | NDArray[Any],
+        *,
+        precision: Precision = "fp32",
+        margin: int = 0,
     ) -> torch.Tensor:
         """Class probabilities of a batch of images.
 
         Args:
             images: (batch, bands, height, width), any size, pixels as in the data set.
             precision: of the forward pass.
+            margin: pixels along each edge that are of no interest.
 
         Returns:
-            (batch, classes, height, width) float32 on the device.
+            (batch, classes, height, width) float32 on the device, less the margins.
 
         Raises:
             BadInput: the number of bands differs.
@@ -168,9 +173,9 @@ class TrainedModel:
         with autocast(self.device, precision):
             if self.takes_pixels:
                 probabilities: torch.Tensor = self.module(pixels)
-                return probabilities
+                return _inner(probabilities, margin)
             logits = dense_logits(self.module, self.description.normaliser(pixels))
-        return logits.float().softmax(1)
+        return _inner(logits, margin).float().softmax(1)
 
     def predict(self, image: NDArray[Any], *, precision: Precision = "fp32") -> NDArray[np.uint8]:
         """The class of every pixel of one image.
@@ -187,6 +192,11 @@ class TrainedModel:
         """
         probabilities = self.probabilities(image[None], precision=precision)
         return probabilities[0].argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def _inner(images: torch.Tensor, margin: int) -> torch.Tensor:
+    height, width = images.shape[-2:]
+    return images[..., margin : height - margin, margin : width - margin]
 
 
 def find_checkpoint(path: Path) -> Path:

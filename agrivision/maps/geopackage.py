@@ -105,7 +105,7 @@ def _write_layer(path: Path, layer: VectorLayer, crs: Any) -> None:
 
 def _write_style(path: Path, layer: str, style: tuple[str, str], count: int) -> None:
     with closing(sqlite3.connect(path)) as database, database:
-        written = database.execute(f'SELECT count(*) FROM "{layer}"').fetchone()[0]  # noqa: S608
+        written = database.execute(f'SELECT count(*) FROM "{layer}"').fetchone()[0]  # noqa: S608  # a name of ours # nosec B608
         if written != count:
             raise StorageError(f"cannot write {path}: it is not whole; is the disk full?")
         database.execute(_STYLES)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from agrivision.errors import BadInput
 from agrivision.inference import tiling as tilings
@@ -22,6 +23,8 @@ from agrivision.inference.reading import ArrayPixels, read_block
 from agrivision.inference.store import BlockFolder, Memory
 from agrivision.inference.tiling import Axis, Grid, Tiling
 from agrivision.inference.trained import TrainedModel
+from agrivision.model.folding import folded
+from agrivision.model.unet import UNet
 from tests.inference.small import smooth
 
 sizes = st.builds(
@@ -67,7 +70,7 @@ class Painted:
     def __init__(self, classes: int) -> None:
         self.description = mock.Mock(classes=tuple("abcdefgh"[:classes]))
 
-    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, images: torch.Tensor, margin: int) -> torch.Tensor:
         found = []
         for image in images:
             seed = int(image.to(torch.int64).sum())
@@ -75,7 +78,8 @@ class Painted:
                 (len(self.description.classes), *image.shape[1:]),
                 generator=torch.Generator().manual_seed(seed),
             )
-            found.append(draw / draw.sum(0))
+            inner = slice(margin, image.shape[-1] - margin)
+            found.append((draw / draw.sum(0))[:, inner, inner])
         return torch.stack(found)
 
 
@@ -146,7 +150,7 @@ def test_a_blend_is_smooth_where_windows_disagree() -> None:
     """One window is certain of one class, the next of another: in between no step is large."""
 
     class Sides(Painted):
-        def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        def probabilities(self, images: torch.Tensor, margin: int) -> torch.Tensor:
             left = (images[:, :1, :1, :1] < 50).float().expand(-1, 1, *images.shape[2:])
             return torch.cat([left, 1 - left], 1)
 
@@ -194,6 +198,32 @@ def test_eight_positions_and_several_networks_are_averaged(trained: TrainedModel
     )
     both = Predictor.of([trained, other]).probabilities(images)
     torch.testing.assert_close(both, (trained.probabilities(images) + 1 / 9) / 2)
+
+
+def test_folded_normalisation_is_the_same_but_for_rounding(trained: TrainedModel) -> None:
+    torch.manual_seed(0)
+    network = UNet(4, 9, base_channels=4, depth=2)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # as after a training
+            nn.init.uniform_(layer.running_mean, -1, 1)
+            nn.init.uniform_(layer.running_var, 0.3, 3)
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            nn.init.uniform_(layer.bias, -1, 1)
+    network.eval()
+    kept = {name: value.clone() for name, value in network.state_dict().items()}
+    images = torch.rand(2, 4, 32, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(network)(images), network(images), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded(network).modules())
+    assert all((value == kept[name]).all() for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("symmetries", [False, True])
+def test_margins_are_cut_off(trained: TrainedModel, symmetries: bool) -> None:
+    images = torch.from_numpy(smooth(np.random.default_rng(4), 48, 48)[None])
+    predictor = Predictor.of([trained], symmetries=symmetries)
+    whole = predictor.probabilities(images)
+    torch.testing.assert_close(predictor.probabilities(images, margin=8), whole[..., 8:-8, 8:-8])
 
 
 def test_networks_that_do_not_belong_together(trained: TrainedModel) -> None:
