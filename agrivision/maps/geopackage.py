@@ -100,6 +100,7 @@ def _write_layer(path: Path, layer: VectorLayer, crs: Any) -> None:
             driver="GPKG",
             geometry_type="Polygon",
             crs=None if crs is None else crs.to_wkt(),
+            dataset_options={"VERSION": "1.3"},  # older programs warn of newer ones
         )
 
 

@@ -264,7 +264,9 @@ def _footprint(dataset: Any) -> Polygon | MultiPolygon | None:
         crs = dataset.crs
     if not crs or transform.is_identity:
         return None
-    places = _longitudes_latitudes(crs, [transform * corner for corner in _edge(*dataset.shape)])
+    places = _longitudes_latitudes(
+        crs, [_on_ground(transform, *corner) for corner in _edge(*dataset.shape)]
+    )
     if not all(abs(x) <= 720 and abs(y) <= 90 for x, y in places):  # infinite, or on another planet
         return None
     return _on_globe(places) if places else None
@@ -280,6 +282,12 @@ def _longitudes_latitudes(crs: Any, places: Sequence[tuple[float, float]]) -> li
     except (geodata().errors.RasterioError, CPLE_BaseError):
         return []
     return list(zip(longitudes, latitudes, strict=True))
+
+
+def _on_ground(transform: Any, column: float, row: float) -> tuple[float, float]:
+    """A corner of a pixel in the scene's coordinates; affine writes this `*` or `@`, by its version."""
+    a, b, c, d, e, f = tuple(transform)[:6]
+    return a * column + b * row + c, d * column + e * row + f
 
 
 def _edge(height: int, width: int) -> list[tuple[float, float]]:
