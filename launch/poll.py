@@ -23,9 +23,8 @@ from launch import slurm
 from launch.slurm import QueuedJob
 
 SECONDS = 30.0
-_WITHOUT_FILE: dict[
-    Path, tuple[float, Answer]
-] = {}  # of this process, where there is no home to write to
+# What this process was told, and when, where there is no home to write to.
+_WITHOUT_FILE: dict[Path, tuple[float, Answer]] = {}
 
 
 @dataclass(frozen=True)

@@ -273,9 +273,10 @@ class Trainer:
         self._upload.arrive(batch)
         images, labels = self._images(batch, list(self._parts(batch))[-1])
         for _ in range(2):  # of a static graph it learns the order in the second pass only
-            with autocast(self._device, self._config.training.precision), peers_may_fail():
+            how = autocast(self._device, self._config.training.precision)
+            with phase("forward"), how, peers_may_fail():
                 logits = self._network(images)
-            with peers_may_fail():
+            with phase("backward"), peers_may_fail():
                 self._loss(logits, labels).total.sum().backward()  # type: ignore[no-untyped-call]
             self.optimizer.zero_grad()
         for buffer, value in zip(self.model.buffers(), before, strict=True):
