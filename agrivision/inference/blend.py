@@ -6,7 +6,8 @@ Whole numbers add up alike in any order, so a map does not depend on how its win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from agrivision.errors import Interrupted
 from agrivision.inference.predictor import Predictor
 from agrivision.inference.reading import Cut
+from agrivision.inference.shared import by_cores, in_turn
 from agrivision.inference.tiling import Block, Grid, Tiling
 from agrivision.maps.legend import NODATA
 from agrivision.part import Stop, never
@@ -73,22 +75,35 @@ def add_up(
     x1, y1, x2, y2 = block.reach
     classes = len(predictor.description.classes)
     sums = torch.zeros(classes, y2 - y1, x2 - x1, device=predictor.device)
-    pixels = torch.from_numpy(cut.pixels)
-    side, margin = tiling.tile, tiling.margin
-    for batch in _batches(cut, grid, block, batch_size):
-        if stop():
-            raise Interrupted("stopped; finished blocks are kept, and the same command goes on")
+    pixels, side = torch.from_numpy(cut.pixels), tiling.tile
+    batches = list(_batches(cut, grid, block, batch_size))
+
+    def compute(batch: Sequence[tuple[int, int]]) -> list[tuple[int, int, torch.Tensor]]:
         places = [(grid.rows.start(row) - y1, grid.columns.start(column) - x1) for row, column in batch]
-        images = torch.stack(
-            [pixels[:, y : y + side + 2 * margin, x : x + side + 2 * margin] for y, x in places]
-        )
-        found = predictor.probabilities(images, margin=margin)
+        seen = side + 2 * tiling.margin
+        images = torch.stack([pixels[:, y : y + seen, x : x + seen] for y, x in places])
+        found = predictor.probabilities(images, margin=tiling.margin)
+        weighted = []
         for (row, column), (y, x), each in zip(batch, places, found, strict=True):
             weights = np.outer(grid.rows.weights(row), grid.columns.weights(column) * ONE)
-            weighted = each * torch.from_numpy(weights).to(each.device)
-            sums[:, y : y + side, x : x + side] += weighted.round_()
-        report(len(batch))
-    report(grid.count(block) - sum(map(len, _batches(cut, grid, block, batch_size))))
+            weighted.append((y, x, (each * torch.from_numpy(weights).to(each.device)).round_()))
+        return weighted
+
+    def offered() -> Iterator[Sequence[tuple[int, int]]]:
+        for batch in batches:
+            if stop():
+                raise Interrupted("stopped; finished blocks are kept, and the same command goes on")
+            yield batch
+
+    on_cores = predictor.device.type == "cpu"
+    with closing(
+        by_cores(compute, offered()) if on_cores else (compute(batch) for batch in offered())
+    ) as done:
+        for windows in done:
+            for y, x, weighted in windows:
+                sums[:, y : y + side, x : x + side] += weighted
+            report(len(windows))
+    report(grid.count(block) - sum(map(len, batches)))
     inside = sums[:, : block.extent[3] - y1, : block.extent[2] - x1]
     return inside.cpu().numpy().astype(np.uint16)
 

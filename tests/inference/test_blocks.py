@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from agrivision.errors import BadInput
+from agrivision import PredictOptions, predict_array
+from agrivision.errors import BadInput, Interrupted
 from agrivision.inference import tiling as tilings
 from agrivision.inference.assemble import assemble, keep
 from agrivision.inference.blend import ONE, add_up, decide
@@ -134,6 +136,35 @@ def test_blocks_give_what_one_block_gives(
     assert ((confidence == 0) == ~pixels.valid).all()
     total = np.stack(probabilities).astype(int).sum(0)[pixels.valid]
     assert (np.abs(total - 255) <= 3).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_number_of_threads_decides_nothing(trained: TrainedModel, batch_size: int) -> None:
+    image = smooth(np.random.default_rng(6), 150, 170)
+    options = PredictOptions(tile=64, overlap=16, batch_size=batch_size)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(predict_array(trained, image, options).probabilities)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+
+
+def test_work_that_is_stopped_leaves_no_threads(trained: TrainedModel) -> None:
+    image = smooth(np.random.default_rng(6), 150, 170)
+    tiling, predictor = Tiling(tile=32, margin=8, overlap=8), Predictor.of([trained])
+    grid, asked = Grid.of(tiling, 150, 170), iter(range(9))
+    cut = read_block(ArrayPixels(image, image[0] > 0), grid.block(0), tiling)
+    with pytest.raises(Interrupted):
+        add_up(
+            predictor, cut, grid, grid.block(0), tiling, batch_size=2, report=lambda _: None,
+            stop=lambda: next(asked) == 5,
+        )  # fmt: skip
+    assert not [each for each in threading.enumerate() if each.name.startswith("compute")]
 
 
 def test_files_hold_what_memory_holds(tmp_path: Any) -> None:
