@@ -95,10 +95,8 @@ def add_up(
                 raise Interrupted("stopped; finished blocks are kept, and the same command goes on")
             yield batch
 
-    on_cores = predictor.device.type == "cpu"
-    with closing(
-        by_cores(compute, offered()) if on_cores else (compute(batch) for batch in offered())
-    ) as done:
+    share = by_cores if predictor.device.type == "cpu" else in_turn
+    with closing(share(compute, offered())) as done:
         for windows in done:
             for y, x, weighted in windows:
                 sums[:, y : y + side, x : x + side] += weighted
