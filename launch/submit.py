@@ -160,7 +160,7 @@ def _check_inputs(command: str, options: jsonargparse.Namespace) -> None:
         "prepare": [("source", options.get("source"))],
         "evaluate": [("checkpoint", options.get("checkpoint")), ("data set", options.get("data"))],
         "predict": [
-            ("checkpoint", options.get("checkpoint")),
+            *(("checkpoint", path) for path in options.get("checkpoint") or []),
             *(("input", path) for path in options.get("inputs") or []),
         ],
     }
