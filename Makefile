@@ -34,7 +34,7 @@ test: $(STAMP)  ## the tests
 
 test-faults: $(STAMP)  ## all faults, which takes hours: ROWS=9,10 chooses, SAMPLE=3 draws, TIMES=3 repeats, JOBS=2 REPORT=FILE
 	@for turn in $$(seq $(or $(TIMES),1)); do \
-		$(BIN)/python -m pytest -m "$(if $(SAMPLE),faults,faults or row)" \
+		$(BIN)/python -m pytest -m "$(if $(SAMPLE),faults and not long,faults or row)" \
 			-p tests.slurm.sampling -p tests.faults_report \
 			$(if $(ROWS),--rows $(ROWS)) $(if $(REPORT),--faults-report $(REPORT)) \
 			$(if $(JOBS),--numprocesses $(JOBS) --dist worksteal) \

@@ -37,6 +37,7 @@ def test_weather_is_a_function_of_its_seed() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [1])
 def test_a_storm(

@@ -99,6 +99,7 @@ def test_tracebacks_are_found_out() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("seed", ["0", "fresh"])
 def test_the_whole_storm(seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
