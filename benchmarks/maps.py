@@ -185,11 +185,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--base", type=int, default=16, help="channels of the first level (default 16)"
     )
-    options.add_argument("--side", type=int, default=2048, help="of the scene in pixels (default 2048)")
+    options.add_argument("--side", type=int, default=3072, help="of the scene in pixels (default 3072)")
     options.add_argument("--tile", type=int, default=512, help="of our windows in pixels (default 512)")
     options.add_argument("--margin", type=int, default=64, help="around each (default 64)")
     options.add_argument("--overlap", type=int, default=64, help="of neighbours (default 64)")
-    options.add_argument("--batch", type=int, default=8, help="windows in a forward pass (default 8)")
+    options.add_argument(
+        "--batch",
+        type=int,
+        default=None,
+        help="windows in a forward pass of everybody but the plain script (default: what `agrivision"
+        " predict` takes on this device)",
+    )
     options.add_argument("--only", default="", help="names of contestants, separated by commas")
     args = options.parse_args(argv)
     if args.quick:
@@ -203,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--side is {args.side}: the plain script needs {args.tile + 2 * args.margin} at least"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = args.batch or tiling.batch(device)
     report.header = ["map", "megapixels/s", "spread, %", "times plain", "CPU s", "MiB", "as ours, %"]
     with TemporaryDirectory(prefix="agrivision-maps-") as temporary:
         folder = Path(temporary)
@@ -213,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             setting = Setting(
                 run=folder / RUN,
                 tiling=tiling,
-                batch=args.batch,
+                batch=batch,
                 precision=precision,
                 device=device,
                 workers=0 if device.type == "cpu" else _LOADERS,
@@ -283,7 +290,7 @@ def _notes(args: argparse.Namespace, setting: Setting) -> list[str]:
     return [
         f"UNet-{args.base}, {args.side} x {args.side} pixels of {len(BANDS)} bands,"
         f" {setting.device.type}, {torch.get_num_threads()} threads, {args.rounds} rounds, medians",
-        f"the network sees {side} x {side} pixels every {tiling.stride}, {args.batch} windows at a"
+        f"the network sees {side} x {side} pixels every {tiling.stride}, {setting.batch} windows at a"
         f" time: {ours} windows in ours, whose scene is mirrored at its edges, and {theirs} in the"
         " plain script, whose last windows end with the scene",
         "`agrivision predict` also makes a style, a picture, a STAC item and a page; each of ours"

@@ -26,41 +26,21 @@ from agrivision.data.shards import SplitReader
 from agrivision.errors import AgrivisionError
 from agrivision.inference.trained import load_run
 from agrivision.model.build import build_model
+from tests.payload import Payload, as_torch, watched
 from tests.training.runs import arguments
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("agrivision/**/*.py"), *ROOT.glob("launch/**/*.py")])
 
 
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (str(self._mark),)
-
-
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Path]:
-    """What a payload leaves; the tests end with a look whether it is there."""
-    found = tmp_path / "mark"
-    pickle.loads(pickle.dumps(Payload(found)))
-    assert found.is_dir()  # it does what it says
-    found.rmdir()
-    yield found
-    assert not found.exists()
+    with watched(tmp_path / "mark") as found:
+        yield found
 
 
 def as_pickle(mark: Path) -> bytes:
     return pickle.dumps({"weight": Payload(mark)})
-
-
-def as_torch(mark: Path) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"weight": Payload(mark)}, buffer)
-    return buffer.getvalue()
 
 
 def as_old_torch(mark: Path) -> bytes:

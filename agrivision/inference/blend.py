@@ -65,12 +65,12 @@ def add_up(
         report: called with the number of windows done since the last call.
         stop: whether to stop before the next batch.
 
-    Raises:
-        Interrupted: asked to stop.
-
     Returns:
         Sums of the block's extent, `ONE` altogether at pixels that no other block covers. A window
         without any data adds nothing.
+
+    Raises:
+        Interrupted: asked to stop.
     """
     x1, y1, x2, y2 = block.reach
     classes = len(predictor.description.classes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ import yaml
 
 import agrivision
 from agrivision.inference.trained import Description, TrainedModel
-from agrivision.json_values import entries, parse, share
-from agrivision.rundir import RunDirectory
 
 _TASK = "image-segmentation"
 
@@ -27,27 +24,10 @@ def card(trained: TrainedModel, name: str, form: str, compared: str) -> str:
         form: of it.
         compared: a line that says how far it is from the original.
     """
-    scores = _scores(trained.folder, trained.step)
+    scores = trained.scores()
     head = yaml.safe_dump(_head(name, scores), sort_keys=False, allow_unicode=True)
     body = _body(trained, name, form, compared, scores)
     return f"---\n{head}---\n\n{body}\n"
-
-
-def _scores(folder: Path, step: int) -> Mapping[str, float | None] | None:
-    """The mIoU and the IoU by class of a checkpoint, as its run has them; None where it has none."""
-    try:
-        lines = RunDirectory(folder.parent.parent).metrics.read_bytes().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        try:
-            row = entries(parse(line))
-            if row["kind"] == "evaluation" and row["step"] == step:
-                found = {"mIoU": row["miou"], **entries(row["iou"])}
-                return {name: None if v is None else share(v) for name, v in found.items()}
-        except (ValueError, KeyError):
-            continue
-    return None
 
 
 def _head(name: str, scores: Mapping[str, float | None] | None) -> dict[str, Any]:

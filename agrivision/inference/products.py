@@ -7,9 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import shapely
@@ -22,26 +20,23 @@ from agrivision.inference.quicklook import write_quicklook
 from agrivision.inference.reading import open_scene
 from agrivision.inference.scene import Scene, unreadable
 from agrivision.inference.scenes import SceneWork
+from agrivision.inference.told import network_of, page_of
 from agrivision.maps.areas import Unmeasurable
 from agrivision.maps.boundaries import read_boundaries
 from agrivision.maps.cog import SIDECAR
 from agrivision.maps.fields import FieldTable, write_fields
 from agrivision.maps.geojson import NoLongitudes
 from agrivision.maps.grid import grid_of
-from agrivision.maps.hectares import class_hectares
-from agrivision.maps.page import Card, Confidence, FieldArea, Making, Page, write_index, write_page
+from agrivision.maps.page import Card, Page, write_index, write_page
 from agrivision.maps.polygons import PolygonOptions, write_polygons
-from agrivision.maps.stac import Network, stac_item, taken_at, write_stac
+from agrivision.maps.stac import stac_item, taken_at, write_stac
 from agrivision.maps.style import write_confidence_qml, write_qml
-from agrivision.rundir import RunDirectory
 from agrivision.storage import storage_error
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.html"
 _NAME = "products"  # in a scene's note
-_BINS = 20  # of the histogram of confidences
-_ROWS = 1024  # of a layer that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +207,7 @@ class _Maker:
         self._work, self._products, self._files = work, products, files
         self._scene, self._layers, self._legend = work.scene, work.layers, work.how.legend
         self._placed = _is_placed(work.scene)
+        self._network = network_of(work)
 
     def make(self) -> Page:
         write_qml(self._files.style, self._legend)
@@ -225,7 +221,14 @@ class _Maker:
             self._polygons()
         table = None if self._products.fields is None else self._fields(self._products.fields)
         self._item(taken)
-        page = self._page(taken, table)
+        page = page_of(
+            self._work,
+            self._network,
+            taken=taken,
+            table=table,
+            picture=self._files.picture,
+            files=[path for path in self._written() if path != self._files.page],
+        )
         write_page(self._files.page, page)
         return page
 
@@ -296,118 +299,9 @@ class _Maker:
             products.remove(self._files.geojson)
         return [*paths, *(path for path in sidecars if path.exists()), *products]
 
-    @cached_property
-    def _network(self) -> Network:
-        first = self._work.how.predictor.networks[0]
-        scores = RunDirectory(first.folder.parents[1]).evaluations()
-        return Network(
-            data_fingerprint=first.description.data_fingerprint,
-            step=first.step,
-            miou=scores.get(first.step) if first.folder.is_dir() else None,
-        )
-
     def _item(self, taken: datetime | None) -> None:
         files = [path for path in self._written() if path != self._files.item]
         item = stac_item(
             self._layers.map, files, legend=self._legend, network=self._network, taken=taken
         )
         write_stac(self._files.item, item)
-
-    def _page(self, taken: datetime | None, table: FieldTable | None) -> Page:
-        classes = class_hectares(self._layers.map, self._legend)
-        hectares = [each.hectares for each in classes if each.hectares is not None]
-        with opened(self._layers.map) as dataset:
-            crs, transform = dataset.crs or dataset.gcps[1], dataset.transform
-        return Page(
-            stem=self._scene.path.stem,
-            legend=self._legend,
-            pixels=tuple(each.pixels for each in classes),
-            hectares=tuple(hectares) if len(hectares) == len(classes) else None,
-            confidence=self._confidence(),
-            fields=() if table is None else _areas(table, len(classes)),
-            making=self._making(),
-            height=self._scene.height,
-            width=self._scene.width,
-            crs=None if crs is None else _name_of(crs),
-            pixel_size=_size(self._scene, transform),
-            taken=None if taken is None else taken.strftime("%Y-%m-%d %H:%M UTC"),
-            quicklook=self._files.picture,
-            files=tuple(path for path in self._written() if path != self._files.page),
-        )
-
-    def _confidence(self) -> Confidence | None:
-        """Sums over the layer, some rows at a time."""
-        if self._layers.confidence is None:
-            return None
-        counts = np.zeros((256, 256), np.int64)  # by class id and confidence
-        with opened(self._layers.map) as ids, opened(self._layers.confidence) as layer:
-            for top in range(0, ids.height, _ROWS):
-                window = ((top, min(top + _ROWS, ids.height)), (0, ids.width))
-                pairs = ids.read(1, window=window).astype(np.uint16) << 8
-                pairs |= layer.read(1, window=window)
-                counts += np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)
-        known = counts[: len(self._legend.classes)]
-        pixels, values = known.sum(), np.arange(256) / 255
-        if not pixels:
-            return None
-        bins = np.minimum(np.arange(256) * _BINS // 255, _BINS - 1)
-        histogram = np.bincount(bins, known.sum(0), minlength=_BINS) / pixels
-        by_class = [float(row @ values / row.sum()) if row.any() else None for row in known]
-        return Confidence(
-            mean=float(known.sum(0) @ values / pixels),
-            by_class=tuple(by_class),
-            histogram=tuple(histogram.tolist()),
-        )
-
-    def _making(self) -> Making:
-        how, scene = self._work.how, self._scene
-        wanted = how.predictor.description.bands
-        with opened(scene.path) as dataset:
-            bands = tuple(
-                (name, "missing" if band is None else _band(dataset, band))
-                for name, band in zip(wanted, scene.bands, strict=True)
-            )
-        return Making(
-            checkpoints=tuple(network.folder.name for network in how.predictor.networks),
-            step=self._network.step,
-            miou=self._network.miou,
-            data_fingerprint=self._network.data_fingerprint,
-            bands=bands,
-            window=how.tiling.tile,
-            overlap=how.tiling.overlap,
-            views=8 if how.predictor.symmetries else 1,
-            precision=how.predictor.precision,
-            resampled=None if scene.resampled is None else f"to {self._work.scene.resolution} m",
-        )
-
-
-def _areas(table: FieldTable, classes: int) -> tuple[FieldArea, ...]:
-    """Hectares by class of each field in the order of the table."""
-    found: dict[str, list[float]] = {}
-    for row in table.rows:
-        areas = found.setdefault(row.field, [0.0] * classes)
-        if row.class_id is not None:
-            areas[row.class_id] = row.hectares
-    return tuple(FieldArea(name=name, hectares=tuple(areas)) for name, areas in found.items())
-
-
-def _band(dataset: Any, band: int) -> str:
-    name = dataset.descriptions[band - 1]
-    return f"band {band} ({name})" if name else f"band {band}"
-
-
-def _name_of(crs: Any) -> str:
-    """`EPSG:26914`, or the name that it gives itself."""
-    code = crs.to_epsg()
-    if code is not None:
-        return f"EPSG:{code}"
-    return str(crs.to_dict(projjson=True).get("name", "its own"))
-
-
-def _size(scene: Scene, transform: Any) -> str | None:
-    if scene.resolution is not None:
-        across, down = scene.resolution
-        return f"{across:.3g} x {down:.3g} m"
-    if transform.is_identity:
-        return None
-    return f"{math.hypot(transform.a, transform.d):.6g} x {math.hypot(transform.b, transform.e):.6g}"

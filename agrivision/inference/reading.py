@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,6 @@ from agrivision.model.padding import mirrored
 
 Slices = tuple[tuple[int, int], tuple[int, int]]  # rows and columns, ends excluded
 _CACHE_MEGABYTES = 256  # of blocks that GDAL keeps; its own idea is a twentieth of the machine
-_WARP_MEGABYTES = 64  # that GDAL takes to resample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ class ScenePixels:
     """A scene that is open.
 
     Args:
-        dataset: of rasterio, on the grid on which the scene is predicted.
+        dataset: of rasterio.
         scene: what is known of it.
     """
 
@@ -116,7 +115,7 @@ class ScenePixels:
         if scene.resampled is None:
             found, valid = self._read(self._dataset, inside)
         else:
-            file, target = self._dataset.src_dataset, (scene.height, scene.width)
+            file, target = self._dataset, (scene.height, scene.width)
             size = (file.height, file.width)
             found, valid = resampled(lambda part: self._read(file, part), size, target, inside)
         pixels = scene.scaled(found)
@@ -142,29 +141,12 @@ class ScenePixels:
 
 @contextmanager
 def open_scene(scene: Scene) -> Iterator[Any]:
-    """The scene's raster, on the grid on which it is predicted; `ScenePixels` knows what has data.
+    """The scene's raster, as its file has it; `ScenePixels` knows its grid, and what has data.
 
     Raises:
         Flaw: it cannot be opened.
     """
-    with ExitStack() as stack:
-        stack.enter_context(geodata().Env(GDAL_CACHEMAX=_CACHE_MEGABYTES))
-        dataset = stack.enter_context(opened(scene.path))
-        if scene.resampled is not None:
-            grid, rasterio = scene.resampled, geodata()
-            how = rasterio.enums.Resampling
-            dataset = stack.enter_context(
-                rasterio.vrt.WarpedVRT(
-                    dataset,
-                    crs=dataset.crs,
-                    transform=rasterio.Affine(*grid.transform),
-                    width=grid.width,
-                    height=grid.height,
-                    resampling=how.average if grid.coarser else how.bilinear,
-                    warp_mem_limit=_WARP_MEGABYTES,
-                    warp_extras={"UNIFIED_SRC_NODATA": "YES"},
-                )
-            )
+    with geodata().Env(GDAL_CACHEMAX=_CACHE_MEGABYTES), opened(scene.path) as dataset:
         yield dataset
 
 

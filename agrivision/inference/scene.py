@@ -71,13 +71,11 @@ class Resampled:
         transform: from pixel to ground, as in `Coordinates`.
         height: in pixels.
         width: in pixels.
-        coarser: whether its pixels are larger than the scene's.
     """
 
     transform: tuple[float, float, float, float, float, float]
     height: int
     width: int
-    coarser: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +375,6 @@ def _grid(
         transform=(a * across, b * down, c, d * across, e * down, f),
         height=height,
         width=width,
-        coarser=across > 1,
     )
 
 

@@ -78,6 +78,7 @@ class How:
             self.predictor.symmetries,
             self.predictor.precision,
             self.tiling,
+            self.tiling.axis(1).per_block,
             self.batch_size,
             self.probabilities,
             scene,
@@ -253,8 +254,8 @@ class SceneWork:
         try:
             with open_scene(self.scene) as dataset:
                 counts = dict.fromkeys(paths, 1) | {"probabilities": len(how.legend.classes)}
-                profiles = {kind: _profile(dataset, counts[kind], kind) for kind in paths}
-                points = dataset.gcps
+                profiles = {kind: _profile(self.scene, dataset, counts[kind], kind) for kind in paths}
+                points = dataset.gcps if self.scene.resampled is None else ([], None)
             digests = self._write_plain(beside, profiles, points)
             for kind, path in beside.items():
                 _check_written(path, paths[kind], digests[kind])
@@ -379,17 +380,19 @@ def _digest(layer: np.ndarray[Any, Any]) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(layer).data)
 
 
-def _profile(dataset: Any, count: int, kind: str) -> dict[str, Any]:
-    placed = not dataset.transform.is_identity
+def _profile(scene: Scene, dataset: Any, count: int, kind: str) -> dict[str, Any]:
+    """Of a layer on the grid on which a scene is predicted, and in its coordinate system."""
+    grid = scene.resampled
+    transform = dataset.transform if grid is None else geodata().Affine(*grid.transform)
     return {
         "driver": "GTiff",
-        "height": dataset.height,
-        "width": dataset.width,
+        "height": scene.height,
+        "width": scene.width,
         "count": count,
         "dtype": "uint8",
         "nodata": NODATA if kind == "map" else 0 if kind == "confidence" else None,
         "crs": dataset.crs,
-        "transform": dataset.transform if placed else None,
+        "transform": None if transform.is_identity else transform,
         "photometric": "MINISBLACK",
         "interleave": "band",
         "tiled": True,

@@ -18,6 +18,7 @@ from agrivision.config import ModelConfig
 from agrivision.data.augment import Normaliser
 from agrivision.data.schema import Schema
 from agrivision.errors import AgrivisionError, BadInput, CheckpointError
+from agrivision.json_values import entries, parse, share
 from agrivision.model.build import build_model
 from agrivision.model.padding import dense_logits
 from agrivision.model.precision import Precision, autocast
@@ -64,12 +65,7 @@ class Description:
         object.__setattr__(self, "data_std", self.data_std or self.std)
 
     @classmethod
-    def of(
-        cls,
-        model: ModelConfig,
-        schema: Schema,
-        normaliser: Normaliser,
-    ) -> Description:
+    def of(cls, model: ModelConfig, schema: Schema, normaliser: Normaliser) -> Description:
         """Of a network that is trained on a data set."""
         return cls(
             # The weights of the encoder are in the checkpoint; the file need not be there any more.
@@ -135,6 +131,28 @@ class TrainedModel:
     step: int
     folder: Path
     takes_pixels: bool = False
+
+    def scores(self) -> Mapping[str, float | None] | None:
+        """The mIoU (`mIoU`) and the IoU by class of the checkpoint, 0 to 1, as its run has them.
+
+        Returns:
+            None where the run did not score it, or the network came from an exported file.
+        """
+        if not self.folder.is_dir():
+            return None
+        try:
+            lines = RunDirectory(self.folder.parent.parent).metrics.read_bytes().splitlines()
+        except OSError:
+            return None
+        for line in lines:
+            try:
+                row = entries(parse(line))
+                if row["kind"] == "evaluation" and row["step"] == self.step:
+                    found = {"mIoU": row["miou"], **entries(row["iou"])}
+                    return {name: None if v is None else share(v) for name, v in found.items()}
+            except (ValueError, KeyError):
+                continue
+        return None
 
     @property
     def normaliser(self) -> Normaliser | None:

@@ -25,7 +25,7 @@ import agrivision
 from agrivision.data.parts import geodata
 from agrivision.data.sources.rasters import opened
 from agrivision.maps.legend import NODATA, Legend
-from agrivision.maps.style import hexadecimal
+from agrivision.pages import hexadecimal
 from agrivision.storage import write_atomically
 
 _COG = "image/tiff; application=geotiff; profile=cloud-optimized"

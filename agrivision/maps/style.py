@@ -12,6 +12,7 @@ from xml.etree import ElementTree as ET  # nosec B405 - written here, never pars
 from agrivision.errors import one_line
 from agrivision.maps.legend import Legend
 from agrivision.monitor.pictures import Color
+from agrivision.pages import hexadecimal
 from agrivision.storage import write_atomically
 
 CONFIDENCE_RAMP: tuple[
@@ -85,11 +86,6 @@ def polygon_style(legend: Legend, column: str = "class_id") -> tuple[str, str]:
         QML and SLD 1.1, both without an XML declaration.
     """
     return _polygon_qml(legend, column), _polygon_sld(legend, column)
-
-
-def hexadecimal(color: Color) -> str:
-    """A colour as `#rrggbb`."""
-    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _raster(kind: str) -> tuple[ET.Element, ET.Element]:

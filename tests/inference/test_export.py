@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import safetensors.torch
 import torch
 import yaml
@@ -33,7 +33,8 @@ from agrivision.inference.journal import fingerprint
 from agrivision.inference.scoring import evaluate_run
 from agrivision.inference.trained import Description, TrainedModel, load_run
 from agrivision.model.build import build_model
-from tests.inference.small import BANDS, CLASSES, TILE
+from tests.inference.small import BANDS, CLASSES, TILE, smooth, write_scene
+from tests.payload import as_torch, watched
 
 FORMS: tuple[Form, ...] = ("safetensors", "torch-export", "onnx")
 SHAPES = [(1, 64, 64), (3, 37, 41), (1, 1, 1), (2, 1, 7), (1, 100, 3)]
@@ -201,6 +202,31 @@ def test_bf16_runs_where_it_can(exported: Callable[[Form], Path], original: Trai
         network.probabilities(images(1, 32, 32), precision="bf16")
 
 
+@forms
+def test_it_predicts_a_scene_as_the_run_does(
+    form: Form,
+    original: TrainedModel,
+    exported: Callable[[Form], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From a path that is relative, as users type it."""
+    scene = write_scene(tmp_path / "scene.tif", smooth(np.random.default_rng(4), 90, 110))
+    monkeypatch.chdir(exported(form).parent)
+    maps = []
+    for number, checkpoint_path in enumerate([str(original.folder), exported(form).name]):
+        out = tmp_path / str(number)
+        command = ["predict", "--checkpoint", checkpoint_path, str(scene), "--out", str(out)]
+        assert main([*command, "--confidence"]) == 0
+        maps.append(out)
+    for name, bound in (("scene.tif", 0), ("scene.confidence.tif", 1)):  # a step, by rounding
+        with rasterio.open(maps[0] / name) as wanted, rasterio.open(maps[1] / name) as found:
+            assert np.abs(wanted.read().astype(int) - found.read()).max() <= bound
+    items = [json.loads((folder / "scene.json").read_text())["properties"] for folder in maps]
+    # The card has the score of an exported network; its file knows no run.
+    assert [item.get("agrivision:miou") for item in items] == [0.375, None]
+
+
 # What is written, and when.
 
 
@@ -330,28 +356,10 @@ def test_a_file_of_a_checkpoint_still_means_the_checkpoint(original: TrainedMode
 # Files from elsewhere.
 
 
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (str(self._mark),)
-
-
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Path]:
-    """What a payload leaves; the tests end with a look whether it is there."""
-    found = tmp_path / "mark"
-    yield found
-    assert not found.exists()
-
-
-def pickled(mark: Path) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"weight": Payload(mark)}, buffer)
-    return buffer.getvalue()
+    with watched(tmp_path / "mark") as found:
+        yield found
 
 
 Change = Callable[[str, bytes], bytes | None]
@@ -401,7 +409,7 @@ def test_a_pickled_weight_is_refused(
         next(iter(values["config"].values()))["use_pickle"] = True
 
     listed = in_json(WEIGHTS, use)
-    content = {"data/weights/weight_0": pickled(mark)}
+    content = {"data/weights/weight_0": as_torch(mark)}
     path = rewrite(
         exported("torch-export"),
         tmp_path / "x.pt2",
@@ -419,7 +427,7 @@ def test_a_pickle_beside_is_never_opened(
     name: str, exported: Callable[[Form], Path], original: TrainedModel, mark: Path, tmp_path: Path
 ) -> None:
     keep: Change = lambda entry, content: None if entry == name else content  # noqa: E731
-    path = rewrite(exported("torch-export"), tmp_path / "x.pt2", keep, **{name: pickled(mark)})
+    path = rewrite(exported("torch-export"), tmp_path / "x.pt2", keep, **{name: as_torch(mark)})
     assert_alike(original, load_model(path, "cpu"))
 
 
