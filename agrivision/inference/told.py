@@ -94,7 +94,7 @@ def _making(work: SceneWork, network: Network) -> Making:
         overlap=how.tiling.overlap,
         views=8 if how.predictor.symmetries else 1,
         precision=how.predictor.precision,
-        resampled=None if scene.resampled is None else f"to {_metres(scene.resolution)}",
+        resampled=_resampled(scene),
     )
 
 
@@ -127,6 +127,12 @@ def _size(scene: Scene, transform: Any) -> str | None:
     if transform.is_identity:
         return None
     return f"{math.hypot(transform.a, transform.d):.6g} x {math.hypot(transform.b, transform.e):.6g}"
+
+
+def _resampled(scene: Scene) -> str | None:
+    if scene.resampled is None or scene.resolution is None:
+        return None
+    return f"to {_metres(scene.resolution)}"
 
 
 def _metres(resolution: tuple[float, float]) -> str:

@@ -157,9 +157,9 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
 def test_a_scene_without_data_has_a_page(tmp_path: Path) -> None:
     page = page_of(tmp_path, pixels=(0, 0, 0), hectares=(0.0, 0.0, 0.0), confidence=None)
     parsed = written(tmp_path, page)
-    assert "No pixel of the scene has data." in parsed.texts
+    assert "No pixel has data." in parsed.texts
     write_index(tmp_path / "index.html", [page])
-    assert "No pixel of the scene has data." in Parsed((tmp_path / "index.html").read_bytes()).texts
+    assert "No pixel has data." in Parsed((tmp_path / "index.html").read_bytes()).texts
 
 
 def test_no_text_becomes_markup(tmp_path: Path) -> None:
