@@ -30,7 +30,7 @@ TRANSFORM = Affine(0.1 + 0.2, 0.0, 485900.0123456789, 0.0, -1 / 3, 5209247.7)
 
 def trained_model(folder: Path, **changes: Any) -> TrainedModel:
     """A run whose network maps different pixels to different classes, loaded as users load it."""
-    model = ModelConfig(base_channels=4, depth=2, norm="none")
+    model = changes.get("model", ModelConfig(base_channels=4, depth=2, norm="none"))
     values: dict[str, Any] = {
         "model": model,
         "bands": BANDS,
