@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.agrivision-installed
 BENCH_STAMP := $(VENV)/.agrivision-bench-installed
 FUZZ_STAMP := $(VENV)/.agrivision-fuzz-installed
+DOCS_STAMP := $(VENV)/.agrivision-docs-installed
 BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant maps gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults storm fuzz cluster cluster-stop bench check audit clean
+.PHONY: help install demo test test-faults storm fuzz cluster cluster-stop bench docs check audit clean
 
 help:  ## this list
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3]"
@@ -71,6 +72,15 @@ $(BENCH_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet -e '.[bench]'
 	@touch $@
 
+# The theme would tell at each build that it will be kept until 2027 only; pyproject.toml knows.
+docs: $(DOCS_STAMP)  ## the documentation as a site, in site/; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing what builds the site into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
 check: $(STAMP)  ## style, types, the direction of imports, and what bandit finds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,5 +92,5 @@ audit: $(STAMP)  ## known vulnerabilities of what is installed; needs the networ
 	@$(BIN)/python .ci/audit
 
 clean:  ## remove caches, builds and the demo's output; the virtual environment stays
-	rm -rf build dist demo-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site demo-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find agrivision launch benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

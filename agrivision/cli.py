@@ -6,13 +6,28 @@ before that takes its seconds.
 
 from __future__ import annotations
 
+import difflib
 import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 
 from agrivision import __version__
-from agrivision.commands import evaluate, export, inspect, predict, prepare, score, synthesize, train
+from agrivision.commands import (
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    predict,
+    prepare,
+    report,
+    score,
+    synthesize,
+    tensorboard,
+    train,
+)
+from agrivision.commands.completion import completion
+from agrivision.commands.parsing import hinted
 from agrivision.ending import report_ending
 from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passwords
 from agrivision.options import refuse_passwords, shortened
@@ -26,7 +41,11 @@ _COMMANDS = {
     "score": score.COMMAND,
     "predict": predict.COMMAND,
     "export": export.COMMAND,
+    "report": report.COMMAND,
+    "tensorboard": tensorboard.COMMAND,
+    "doctor": doctor.COMMAND,
 }
+_COMMANDS["completion"] = completion(_COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgrivisionError as error:
         return _complain(str(error), error.exit_code)
     except ArgumentError as error:
-        return _complain(str(shortened(error)), ExitCode.BAD_INPUT)
+        line = hinted(str(shortened(error)), _COMMANDS[arguments[0]].parser())
+        return _complain(line, ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         return _complain("interrupted", ExitCode.FAILED)
     except MemoryError:
@@ -76,7 +96,9 @@ def _dispatch(arguments: list[str]) -> ExitCode:
         sys.stdout.write(f"agrivision {__version__}\n")
         return ExitCode.DONE
     if name not in _COMMANDS:
-        raise BadInput(f"there is no command {name!r}; the commands are {', '.join(_COMMANDS)}")
+        close = difflib.get_close_matches(name, _COMMANDS, n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        raise BadInput(f"there is no command {name!r}{hint}; the commands are {', '.join(_COMMANDS)}")
     return _COMMANDS[name].run(arguments[1:])
 
 

@@ -336,17 +336,26 @@ class MonitorConfig:
         tensorboard: write TensorBoard event files.
         log_every_steps: steps between two lines, two points of the curves, two rows of metrics.jsonl.
         log_samples: write log/samples-RANK.jsonl with the epoch, step and keys of every batch.
-        images: validation tiles that are drawn in TensorBoard at each evaluation.
+        images: validation tiles that are drawn in TensorBoard at each evaluation, always the same.
+        worst_tiles: validation tiles of each class with the lowest IoU, drawn too, and listed in
+            metrics.jsonl with as many of the best.
+        pr_curves: draw precision over recall of each class in TensorBoard at each evaluation.
+        histograms: draw histograms of all weights and their gradients in TensorBoard after each epoch,
+            which takes seconds for large networks.
     """
 
     tensorboard: bool = True
     log_every_steps: int = 10
     log_samples: bool = False
     images: int = 4
+    worst_tiles: int = 1
+    pr_curves: bool = True
+    histograms: bool = False
 
     def __post_init__(self) -> None:
         _at_least("monitor.log_every_steps", self.log_every_steps, 1)
         _at_least("monitor.images", self.images, 0)
+        _at_least("monitor.worst_tiles", self.worst_tiles, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,9 +67,9 @@ def escaped(text: str) -> str:
     return html.escape(one_line(text))
 
 
-def section(heading: str, content: str) -> str:
-    """A part with a heading; both are HTML."""
-    return f"<section><h2>{heading}</h2>\n{content}\n</section>"
+def section(heading: str, content: str, *, level: int = 2) -> str:
+    """A part with a heading; both are HTML. One within another has a greater level."""
+    return f"<section><h{level}>{heading}</h{level}>\n{content}\n</section>"
 
 
 def href(name: str) -> str:
@@ -91,11 +91,67 @@ def embedded(path: Path, most: int, words: str) -> str:
     with Image.open(path) as image:
         picture = image.convert("RGB")
     picture.thumbnail((most, most), Image.Resampling.BOX)
+    return photograph(picture, words)
+
+
+def photograph(picture: Image.Image, words: str) -> str:
+    """A picture in RGB inside the page.
+
+    Args:
+        picture: as it is to be shown.
+        words: for those who cannot see it.
+    """
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=_QUALITY, subsampling=0)  # 0: the colours stay sharp
     data = base64.b64encode(content.getvalue()).decode()
     size = f'width="{picture.width}" height="{picture.height}"'
     return f'<img src="data:image/jpeg;base64,{data}" {size} alt="{escaped(words)}">'
+
+
+def drawing(light: bytes, dark: bytes, size: tuple[int, int], words: str) -> str:
+    """An SVG inside the page, as a picture of its own: nothing in it can reach the page.
+
+    Args:
+        light: on light paper.
+        dark: the same on dark paper.
+        size: width and height in pixels.
+        words: for those who cannot see it.
+    """
+    sources = [f"data:image/svg+xml;base64,{base64.b64encode(one).decode()}" for one in (light, dark)]
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
+        f'<img src="{sources[0]}" width="{size[0]}" height="{size[1]}" alt="{escaped(words)}">'
+        "</picture>"
+    )
+
+
+def figure(content: str, caption: str = "") -> str:
+    """A picture, or several, with words beneath; both are HTML."""
+    return f"<figure>{content}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
+
+
+def scrolled(content: str, words: str) -> str:
+    """What may be wider than a phone; the keyboard reaches it.
+
+    Args:
+        content: HTML.
+        words: what it is.
+    """
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{escaped(words)}">{content}</div>'
+
+
+def facts(entries: Iterable[tuple[str, str]]) -> str:
+    """A few figures that count, each under its name; both plain text."""
+    lines = "\n".join(
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in entries
+    )
+    return f'<dl class="facts">\n{lines}\n</dl>'
+
+
+def listing(lines: Iterable[tuple[str, bool]]) -> str:
+    """Lines of a file, with some of them marked."""
+    shown = [f"<mark>{escaped(line)}</mark>" if marked else escaped(line) for line, marked in lines]
+    return f"<pre>{chr(10).join(shown)}</pre>"
 
 
 def share_bar(amounts: Sequence[float], names: Sequence[str], colors: Sequence[Color]) -> str:
@@ -127,10 +183,8 @@ def table(
     titles = "".join(f'<th scope="col">{escaped(title)}</th>' for title in head)
     body = "\n".join(map(_row, rows))
     foot = f"<tfoot>{_row(last)}</tfoot>" if last else ""
-    return (
-        f'<div class="wide"><table><thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody>'
-        f"{foot}</table></div>"
-    )
+    whole = f"<table><thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody>{foot}</table>"
+    return scrolled(whole, f"Table: {head[0]}")
 
 
 def _row(row: tuple[str, Sequence[str]]) -> str:
@@ -175,9 +229,11 @@ def size_words(count: int) -> str:
 
 
 _STYLE = """
-:root { --paper: #fbfbf9; --ink: #1d2420; --soft: #5d6a62; --line: #dcdfd8; --accent: #2f6b46; }
+:root { --paper: #fbfbf9; --ink: #1d2420; --soft: #5d6a62; --line: #dcdfd8; --accent: #2f6b46;
+  --mark: #fbe9a7; }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #141816; --ink: #e4e8e3; --soft: #98a59d; --line: #303733; --accent: #8cc7a1; }
+  :root { --paper: #141816; --ink: #e4e8e3; --soft: #98a59d; --line: #303733; --accent: #8cc7a1;
+    --mark: #56480f; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -210,6 +266,26 @@ tfoot th:first-child, tfoot td { border-bottom: 0; font-weight: 600; }
 .histogram rect { fill: var(--accent); }
 .ends { display: flex; justify-content: space-between; margin: .3rem 0 0; color: var(--soft);
   font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20.5rem, 100%), 1fr));
+  gap: 1rem 1.5rem; margin: 0 0 .75rem; }
+.charts figure { margin: 0; min-width: 0; }
+.charts img { border-radius: 0; }
+.square img { max-width: 44rem; border-radius: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr));
+  gap: 1.1rem 1.5rem; }
+.facts dt { font-size: .85rem; }
+.facts dd { margin: 0; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+h3 { margin: 0 0 .6rem; font-size: 1rem; }
+h4 { margin: 1.4rem 0 .5rem; font-size: .95rem; }
+section section { border-top: 0; padding: 1.1rem 0; }
+.words th, .words td { text-align: left; }
+.words th:first-child { min-width: 0; }
+.words td:last-child { min-width: 14rem; white-space: normal; overflow-wrap: anywhere; }
+.note { margin: .5rem 0; color: var(--soft); font-size: .85rem; }
+pre { margin: 0; columns: 19rem; column-gap: 2rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+mark { background: var(--mark); color: inherit; }
+.wide:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 dl { display: grid; grid-template-columns: minmax(9rem, 14rem) 1fr; gap: .35rem 1rem; margin: 0; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -224,6 +300,10 @@ ul { margin: 0; padding: 0; list-style: none; }
 footer { padding-top: 1rem; padding-bottom: 2.5rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 40rem) {
   figure img { width: 44rem; max-width: none; }
+  .charts figure img { width: 100%; }
+  .square figure img { width: 31rem; }
+  .facts { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .9rem 1rem; }
+  .facts dd { font-size: 1.2rem; margin: 0; }
   table { font-size: .85rem; }
   th, td { padding: .4rem .35rem; }
   thead th, thead th:first-child { font-size: .75rem; }

@@ -49,7 +49,7 @@ from agrivision.rundir import RunDirectory
 from agrivision.storage import sync_folder
 from agrivision.training.ema import WeightAverage
 from agrivision.training.optimizer import Optimizer
-from agrivision.training.saver import Saver
+from agrivision.training.saver import Saved, Saver
 from benchmarks.common import Median, Report, interleaved, parser
 
 BANDS, CLASSES = 4, 9
@@ -286,13 +286,13 @@ def kept_staging(folder: Path, device: torch.device) -> dict[str, Any]:
 def ours(folder: Path, states: Trained) -> Iterator[tuple[Save, Save]]:
     """A saver whose memory is there already: copies behind the gradients, and at once."""
     steps = count(1)
-    wholes: list[float] = []
+    wholes: list[Saved] = []
     with Saver(RunDirectory(folder), keep_last=1, allowed=nothing, saved=wholes.append) as saver:
         saver.prepare(states)
 
         def finish() -> float:
             saver.wait()
-            return wholes[-1]
+            return wholes[-1].seconds
 
         def behind(states: Trained) -> tuple[float, Callable[[], float]]:
             begin = time.perf_counter()
@@ -372,7 +372,7 @@ class Loss:
 
     def with_saves(self) -> float:
         """Steps a second in a window that begins with a save and ends when the last is on the disk."""
-        done: list[float] = []
+        done: list[Saved] = []
         with Saver(
             RunDirectory(self._folder), keep_last=1, allowed=nothing, saved=done.append
         ) as saver:

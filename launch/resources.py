@@ -23,6 +23,7 @@ import yaml
 
 from agrivision.errors import BadInput
 from agrivision.ownership import read_own
+from agrivision.slurm import SIGNAL_SECONDS
 from launch.freeze import python_of_this
 
 COMMANDS = ("train", "prepare", "evaluate", "predict")
@@ -115,7 +116,7 @@ class Resources:
     mail_type: str | None = None
     dependency: str | None = None
     job_name: str | None = None
-    signal_seconds: int = 180
+    signal_seconds: int = SIGNAL_SECONDS
     max_attempts: int = 100
     parts: int = 1
     srun_args: str | None = None

@@ -8,26 +8,33 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from agrivision.errors import AgrivisionError, BadInput
+from agrivision.errors import BadInput
+from agrivision.slurm import SlurmError, available, call, clean_environment, said, seconds_of
 
-_SECONDS = 60.0  # a controller under load answers late; one that is down is worth no longer wait
+__all__ = [
+    "QueuedJob",
+    "SlurmError",
+    "available",
+    "cancel",
+    "clean_environment",
+    "queue",
+    "queue_of_user",
+    "requeue",
+    "require",
+    "seconds_of",
+    "submit",
+    "submit_successor",
+    "update",
+]
+
 _RUNNING = "RUNNING"
 _FIELDS = ("JobArrayID", "JobID", "State", "Reason", "TimeLeft", "TimeLimit", "NodeList", "StartTime",
            "PreemptTime", "RestartCnt")  # fmt: skip
 _ID = re.compile(r"\d+(?:[_+]\d+)?")  # of a job, of an array's task, of a part of a heterogeneous job
 _COLUMN = 255  # squeue cuts every column at its width
-# What a job hands to its step must not reach a job that it submits: it would ask for the same again.
-_INHERITED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")
-_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-
-
-class SlurmError(AgrivisionError):
-    """Slurm refused, or did not answer; the message is Slurm's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +72,6 @@ class QueuedJob:
     def running(self) -> bool:
         """Whether it runs and nobody wants it to end for good: only then may it requeue itself."""
         return self.state == _RUNNING
-
-
-def available() -> bool:
-    """Whether Slurm's commands are on the PATH."""
-    return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
 def require() -> None:
@@ -111,12 +113,12 @@ def queue_of_user() -> dict[str, QueuedJob]:
 def _queue(which: str) -> dict[str, QueuedJob]:
     columns = ",".join(f"{name}:{_COLUMN}" for name in _FIELDS)
     command = ["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", which]
-    done = _call(command, check=False)
+    done = call(command, check=False)
     if done.returncode != 0:
         # So it fails if it knows none of the ids that it is asked for; some of them are no error.
         if "Invalid job id" in done.stderr:
             return {}
-        raise SlurmError(f"squeue: {_said(done)}")
+        raise SlurmError(f"squeue: {said(done)}")
     found = {}
     for line in done.stdout.removesuffix("\n").split("\n") if done.stdout else ():
         row = dict(zip(_FIELDS, _cells(line, _COLUMN, len(_FIELDS)), strict=True))
@@ -147,22 +149,13 @@ def _id(job: str) -> str:
     return job
 
 
-def seconds_of(text: str) -> int | None:
-    """A time as Slurm writes it, `1-02:03:04`, `2:03:04` or `3:04`; None for UNLIMITED and its like."""
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
 def requeue(job: str) -> None:
     """Put a running job back into the queue.
 
     Raises:
         SlurmError: Slurm refused: requeueing is disabled, or the job has ended.
     """
-    _call(["scontrol", "requeue", _id(job)])
+    call(["scontrol", "requeue", _id(job)])
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -171,7 +164,7 @@ def cancel(jobs: Sequence[str]) -> None:
     Raises:
         SlurmError: Slurm refused.
     """
-    _call(["scancel", *map(_id, jobs)])
+    call(["scancel", *map(_id, jobs)])
 
 
 def update(job: str, **changes: str) -> None:
@@ -180,7 +173,7 @@ def update(job: str, **changes: str) -> None:
     Raises:
         SlurmError: Slurm refused.
     """
-    _call(
+    call(
         [
             "scontrol",
             "update",
@@ -205,7 +198,7 @@ def submit(script: str, options: Sequence[str] = (), arguments: Sequence[str] = 
         SlurmError: sbatch refused.
     """
     command = ["sbatch", "--parsable", *options, script, *arguments]
-    done = _call(command, environment=clean_environment(os.environ))
+    done = call(command, environment=clean_environment(os.environ))
     return done.stdout.strip().splitlines()[-1].split(";")[0]
 
 
@@ -231,7 +224,7 @@ def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -
     asked = _asked_for(job) | _told_by(os.environ)
     rest = [f"{flag}={value}" if value else flag for flag, value in asked.items() if flag not in given]
     words = ["sbatch", "--parsable", *options, *rest, f"--dependency=afterany:{job}"]
-    done = _call(words, environment=clean_environment(os.environ), text=script)
+    done = call(words, environment=clean_environment(os.environ), text=script)
     return done.stdout.strip().splitlines()[-1].split(";")[0]
 
 
@@ -282,7 +275,7 @@ def _cells(line: str, width: int, count: int) -> list[str]:
 
 
 def _line_about(job: str, form: str) -> str:
-    done = _call(["squeue", "--noheader", f"--jobs={job}", form])
+    done = call(["squeue", "--noheader", f"--jobs={job}", form])
     if not done.stdout:
         raise SlurmError(f"squeue says nothing of job {job}")
     return done.stdout.split("\n")[0]
@@ -290,49 +283,3 @@ def _line_about(job: str, form: str) -> str:
 
 def _told_by(environment: Mapping[str, str]) -> dict[str, str]:
     return {flag: environment[name] for name, flag in _TOLD.items() if environment.get(name)}
-
-
-def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what Slurm gave to the job that this process is in."""
-    return {
-        key: value
-        for key, value in environment.items()
-        if key in _KEPT or not key.startswith(_INHERITED)
-    }
-
-
-def _call(
-    command: Sequence[str],
-    *,
-    check: bool = True,
-    environment: Mapping[str, str] | None = None,
-    text: str = "",
-) -> subprocess.CompletedProcess[str]:
-    try:
-        done = subprocess.run(
-            list(command),
-            input=text,
-            capture_output=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-            timeout=_SECONDS,
-            check=False,
-            env=_without_defaults(os.environ if environment is None else environment),
-        )
-    except FileNotFoundError:
-        raise SlurmError(f"no {command[0]} on the PATH") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer within {_SECONDS:.0f} s") from None
-    if check and done.returncode != 0:
-        raise SlurmError(f"{command[0]}: {_said(done)}")
-    return done
-
-
-def _without_defaults(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without the user's own defaults for squeue, which would hide jobs from us."""
-    return {key: value for key, value in environment.items() if not key.startswith("SQUEUE_")}
-
-
-def _said(done: subprocess.CompletedProcess[str]) -> str:
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}"

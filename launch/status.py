@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse
 from rich.console import Console
@@ -26,6 +26,7 @@ from agrivision.console import say
 from agrivision.data.order import Order
 from agrivision.data.schema import Schema
 from agrivision.errors import AgrivisionError, ExitCode
+from agrivision.monitor.progress import clock_time
 from agrivision.options import read_config
 from agrivision.rundir import RunDirectory, best_step
 from launch.find import Found, find, jobs_of, last_submission, tasks
@@ -82,6 +83,7 @@ class Row:
         best_miou: of all evaluations.
         best_step: where that was.
         images_per_second: over all ranks, lately.
+        to_go: seconds of training to the run's end, at that speed.
         attempts: begun so far.
         time_left: of this attempt, in Slurm's writing.
         why: why it waits, or why it ended.
@@ -98,6 +100,7 @@ class Row:
     best_miou: float | None = None
     best_step: int | None = None
     images_per_second: float | None = None
+    to_go: float | None = None
     attempts: int = 0
     time_left: str = ""
     why: str = ""
@@ -284,27 +287,40 @@ def _shown(path: Path) -> str:
 
 def _progress(run_dir: Path, config: Path) -> dict[str, Any]:
     """The columns that a training run's files fill."""
-    run = RunDirectory(run_dir)
+    run, plan = RunDirectory(run_dir), plan_of(config)
     row = _last_row(run.metrics)
     step = max(int(row.get("step", 0)), run.latest_step())
-    scores = run.evaluations()
+    scores, speed = run.evaluations(), row.get("images_per_second")
     best = best_step(scores)
     return {
         "step": step,
-        "total_steps": total_steps(config),
+        "total_steps": None if plan is None else plan.steps,
         "epoch": int(row["epoch"]) + 1 if "epoch" in row else None,
         "miou": scores[max(scores)] if scores else None,
         "best_miou": scores[best] if best is not None else None,
         "best_step": best,
-        "images_per_second": row.get("images_per_second"),
+        "images_per_second": speed,
+        "to_go": max(0, plan.steps - step) * plan.batch_size / speed if plan and speed else None,
     }
 
 
-def total_steps(file: Path) -> int | None:
-    """Steps of a run with this configuration; None where it or its data cannot be read."""
+class Plan(NamedTuple):
+    """How much a run has to do.
+
+    Attributes:
+        steps: of the whole run.
+        batch_size: images in each, over all ranks.
+    """
+
+    steps: int
+    batch_size: int
+
+
+def plan_of(file: Path) -> Plan | None:
+    """The plan of a run with this configuration; None where it or its data cannot be read."""
     try:
         config = read_config(file)
-        return steps_of(config, Schema.read(Path(config.data.path)))
+        return Plan(steps_of(config, Schema.read(Path(config.data.path))), config.data.batch_size)
     except AgrivisionError:
         return None
 
@@ -356,6 +372,7 @@ _COLUMNS = (
     "mIoU",
     "best",
     "images/s",
+    "to go",
     "attempts",
     "left",
     "why",
@@ -374,6 +391,7 @@ def cells(row: Row) -> Mapping[str, str]:
         "mIoU": number(row.miou, 4),
         "best": number(row.best_miou, 4),
         "images/s": number(row.images_per_second, 1),
+        "to go": clock_time(row.to_go) if row.to_go and not is_over(row.state) else "",
         "attempts": str(row.attempts) if row.attempts else "",
         "left": row.time_left,
         "why": row.why,

@@ -144,7 +144,7 @@ def test_make_help_names_every_target() -> None:
     ).stdout
     assert {line.split()[0] for line in shown.splitlines()[1:]} == {
         "help", "install", "demo", "test", "test-faults", "storm", "fuzz", "cluster", "cluster-stop",
-        "bench", "check", "audit", "clean",
+        "bench", "docs", "check", "audit", "clean",
     }  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,22 @@ def make_parser(command: str, description: str, examples: Sequence[str]) -> Pars
         formatter_class=_Formatter,
         exit_on_error=False,
     )
+
+
+def flags(parser: Parser) -> list[str]:
+    """The options of a parser, with their dashes."""
+    return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def hinted(line: str, parser: Parser) -> str:
+    """What a parser complains of, with the option that was meant and dashes before those it misses."""
+    known = flags(parser)
+    for word in re.findall(r"(?<=\s)--[^\s=]+", line.partition("unrecognized arguments:")[2]):
+        if close := difflib.get_close_matches(word, known, n=1):
+            return f"{line} (did you mean {close[0]}?)"
+    start, wanted, names = line.partition("arguments are required: ")
+    dashed = [f"--{name}" if f"--{name}" in known else name for name in names.split(", ")]
+    return f"{start}{wanted}{', '.join(dashed)}"
 
 
 def add_checkpoint(parser: Parser) -> None:

@@ -164,14 +164,21 @@ def stage(
 
 def _place(where: str, folder: Path) -> Path:
     """The folder STAGE, absolute."""
-    place = Path(_automatic(folder) if where == "auto" else expand_variables(where))
+    place = Path(automatic_place(folder) if where == "auto" else expand_variables(where))
     if not place.is_absolute() or not str(place).isprintable():
         raise ConfigurationError(f"data.stage is {where}, here {str(place)!r}: not an absolute path")
     return place
 
 
-def _automatic(folder: Path) -> str:
-    """`$SLURM_TMPDIR`, which is the job's own by what clusters mean with it; else a good `$TMPDIR`."""
+def automatic_place(folder: Path) -> str:
+    """`$SLURM_TMPDIR`, which is the job's own by what clusters mean with it; else a good `$TMPDIR`.
+
+    Args:
+        folder: the shared data set.
+
+    Raises:
+        StorageError: there is neither.
+    """
     with suppress(ConfigurationError):
         return expand_variables("$SLURM_TMPDIR")
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _VALID_BIT = 15  # of the label images; the classes have the bits below
+_MOST_COUNTS = 1 << 20  # that are kept at once: tiles of few classes are counted together
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -35,14 +36,50 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
         ValueError: shapes that differ, too many classes, or a predicted id that is no class; also
             where the pixel is not valid, because such predictions come from other classes than these.
     """
+    return confusion_matrices(predicted, labels, classes).sum(0)
+
+
+def confusion_matrices(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The matrix of each tile by itself, as from `confusion_matrix`.
+
+    Args:
+        predicted: integers (B, H, W), one class id a pixel.
+        labels: int32 (B, H, W).
+        classes: number of scored classes, at most 15.
+
+    Returns:
+        int64 (B, classes, classes) on the device of `predicted`: rows predicted, columns true.
+
+    Raises:
+        ValueError: see `confusion_matrix`.
+    """
     _check(predicted, labels, classes)
+    if len(predicted) == 0:
+        return torch.zeros(0, classes, classes, dtype=torch.int64, device=predicted.device)
     valid = (labels >> _VALID_BIT) & 1
     sets = (labels & (2**classes - 1)) * valid  # 0, the empty set, where the pixel does not count
-    # All pixels with the same prediction and the same label set do the same to the matrix. Without
-    # weights, bincount is deterministic on CUDA too.
+    # All pixels of a tile with the same prediction and the same label set do the same to its matrix.
     pairs = (predicted.long() << classes) + sets
-    counts = torch.bincount(pairs.flatten(), minlength=classes << classes)
-    return _spread(counts.reshape(classes, 1 << classes).cpu(), classes).to(predicted.device)
+    together = max(1, _MOST_COUNTS // (classes << classes))
+    counts = torch.cat([_count(part, classes) for part in pairs.split(together)])
+    return _spread(counts.cpu(), classes).to(predicted.device)
+
+
+def _count(pairs: Tensor, classes: int) -> Tensor:
+    """How often each pair of prediction and label set stands in each tile.
+
+    Args:
+        pairs: int64 (B, H, W), the prediction above the bits of the label set.
+        classes: number of classes.
+
+    Returns:
+        int64 (B, classes, 2**classes).
+    """
+    tiles, kinds = len(pairs), classes << classes
+    first = kinds * torch.arange(tiles, device=pairs.device).reshape(-1, 1, 1)
+    # Without weights, bincount is deterministic on CUDA too.
+    counts = torch.bincount((pairs + first).flatten(), minlength=tiles * kinds)
+    return counts.reshape(tiles, classes, 1 << classes)
 
 
 def _check(predicted: Tensor, labels: Tensor, classes: int) -> None:
@@ -59,18 +96,21 @@ def _check(predicted: Tensor, labels: Tensor, classes: int) -> None:
 
 
 def _spread(counts: Tensor, classes: int) -> Tensor:
-    """The matrix from pixels counted by prediction and label set.
+    """The matrices from pixels counted by tile, prediction and label set.
 
     Args:
-        counts: int64 (classes, 2**classes) on the CPU; CUDA has no product of integer matrices.
+        counts: int64 (B, classes, 2**classes) on the CPU; CUDA has no product of integer matrices.
         classes: number of classes.
+
+    Returns:
+        int64 (B, classes, classes).
     """
-    seen = counts.any(0).nonzero().flatten()
-    counts = counts[:, seen]
+    seen = counts.any(0).any(0).nonzero().flatten()
+    counts = counts[:, :, seen]
     member = (seen.unsqueeze(1) >> torch.arange(classes)) & 1  # (sets, classes)
-    hits = (counts * member.T).sum(0) @ member
+    hits = (counts * member.T).sum(1) @ member
     misses = (counts * (1 - member.T)) @ member
-    return misses + torch.diag(hits)
+    return misses + torch.diag_embed(hits)
 
 
 @dataclass(frozen=True, kw_only=True)

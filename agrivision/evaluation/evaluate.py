@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,17 @@ from agrivision.data.quarantine import Damage, refusal
 from agrivision.data.shards import SplitReader
 from agrivision.distributed import Ranks
 from agrivision.errors import StorageError
-from agrivision.evaluation.confusion import Scores, confusion_matrix, scores
+from agrivision.evaluation.confusion import Scores, confusion_matrices, scores
+from agrivision.evaluation.curves import THRESHOLDS, threshold_counts
 from agrivision.evaluation.presence import PresenceScores, presence, tile_presence
+from agrivision.evaluation.tiles import TileCounts, tile_counts
+from agrivision.model.losses import LabelSetLoss, SampleLosses
 from agrivision.model.padding import dense_logits
 from agrivision.model.precision import Precision, autocast
 from agrivision.phase import moved
 
 _AGREE_EVERY = 8  # rounds: seconds, where a round takes as long as a batch
+_LOSSES = SampleLosses._fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +37,19 @@ class Evaluation:
     Attributes:
         scores: the challenge's score, over pixels.
         presence: which classes are in which tiles.
-        left_out: tiles that could not be read: both are exact over the others.
+        tiles: pixels of each tile by class; of tiles that are left out zeros.
+        left_out: tiles that could not be read: all is exact over the others.
+        losses: `total`, `cross_entropy` and `dice`, means over the tiles; None where no loss was asked
+            for, or no tile could be read.
+        curves: int64 (classes, 2, THRESHOLDS), as from `threshold_counts`; None where nobody asked.
     """
 
     scores: Scores
     presence: PresenceScores
+    tiles: TileCounts
     left_out: tuple[Damage, ...] = ()
+    losses: dict[str, float] | None = None
+    curves: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the scores' keys, and `presence` by class."""
@@ -54,6 +66,8 @@ def evaluate(
     batch_size: int,
     threads: int,
     precision: Precision = "fp32",
+    loss: LabelSetLoss | None = None,
+    curves: bool = False,
     allowed: int = 0,
     stop: Callable[[], bool] = lambda: False,
     report: Callable[[int], None] = lambda _: None,
@@ -70,6 +84,8 @@ def evaluate(
         batch_size: tiles in one forward pass.
         threads: decoding threads.
         precision: of the forward pass.
+        loss: to be computed of each tile; a model that gives probabilities has no logits for it.
+        curves: count pixels by probability too.
         allowed: how many tiles may be unreadable, and are left out then.
         stop: asked between batches; once true on any rank, all leave within a few batches.
         report: called with the number of tiles that this rank has finished since the last call.
@@ -83,10 +99,7 @@ def evaluate(
         PeerLost: another rank is gone.
     """
     classes = reader.schema.classes
-    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    # Score and truth of each class by tile; each row is filled by one rank and zero on the others,
-    # so that their sum puts the rows together.
-    rows = torch.zeros(2, len(reader), len(classes), dtype=torch.float64)
+    found = _Found(len(reader), len(classes), losses=loss is not None, curves=curves)
     model.eval()
     batches = evaluation_batches(
         reader,
@@ -101,22 +114,87 @@ def evaluate(
         for batch in _in_step(batches, -(-len(reader) // batch_size), ranks, stop, missing):
             if batch is None:
                 return None
-            probabilities, labels = _predict(model, batch, normaliser, device, precision)
-            matrix += confusion_matrix(probabilities.argmax(1), labels, len(classes)).cpu()
-            found, truth = tile_presence(probabilities, labels)
-            rows[0, batch.tiles] = found.cpu().double()
-            rows[1, batch.tiles] = truth.cpu().double()
+            probabilities, labels, losses = _predict(
+                model, batch, normaliser, device, precision=precision, loss=loss
+            )
+            found.add(batch.tiles, probabilities, labels, losses)
             report(batch.count)
             moved()
-    matrix, rows = ranks.sum(matrix), ranks.sum(rows)
+    found.sum(ranks)
     left_out = missing.agreed()
     seen = torch.ones(len(reader), dtype=torch.bool)
     seen[[damage.tile for damage in left_out]] = False
     return Evaluation(
-        scores=scores(matrix, classes),
-        presence=presence(rows[0, seen].float(), rows[1, seen].bool(), classes),
+        scores=scores(found.matrix, classes),
+        presence=presence(found.rows[0, seen].float(), found.rows[1, seen].bool(), classes),
+        tiles=TileCounts.of(found.tiles),
         left_out=left_out,
+        losses=_means(found.losses[seen]) if loss is not None and seen.any() else None,
+        curves=found.curves if curves else None,
     )
+
+
+class _Found:
+    """What is counted of a split's tiles.
+
+    A tile's row is filled by one rank and zero on the others, so that the ranks' sum puts the rows
+    together: what is computed of them does not depend on who had which.
+
+    Args:
+        tiles: of the split.
+        classes: how many.
+        losses: make room for them.
+        curves: likewise.
+
+    Attributes:
+        matrix: the challenge's.
+        rows: score and truth of each class by tile.
+        tiles: hits, predicted and true pixels by tile.
+        losses: by tile, in the order of `SampleLosses`.
+        curves: pixels by probability.
+    """
+
+    def __init__(self, tiles: int, classes: int, *, losses: bool, curves: bool) -> None:
+        self.matrix = torch.zeros(classes, classes, dtype=torch.int64)
+        self.rows = torch.zeros(2, tiles, classes, dtype=torch.float64)
+        self.tiles = torch.zeros(tiles, 3, classes, dtype=torch.int64)
+        self.losses = torch.zeros(tiles if losses else 0, len(_LOSSES), dtype=torch.float64)
+        self.curves = torch.zeros(classes if curves else 0, 2, THRESHOLDS, dtype=torch.int64)
+
+    def add(
+        self,
+        tiles: Sequence[int],
+        probabilities: torch.Tensor,
+        labels: torch.Tensor,
+        losses: SampleLosses | None,
+    ) -> None:
+        """Count a batch; see `_predict`."""
+        matrices = confusion_matrices(probabilities.argmax(1), labels, len(self.matrix)).cpu()
+        self.matrix += matrices.sum(0)
+        self.tiles[tiles] = tile_counts(matrices)
+        found, truth = tile_presence(probabilities, labels)
+        self.rows[0, tiles] = found.cpu().double()
+        self.rows[1, tiles] = truth.cpu().double()
+        if losses is not None:
+            self.losses[tiles] = torch.stack(losses, dim=1).cpu().double()
+        if len(self.curves):
+            self.curves += threshold_counts(probabilities, labels).cpu()
+
+    def sum(self, ranks: Ranks) -> None:
+        """Put the ranks' parts together, on all of them.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        for name, part in vars(self).items():
+            if part.numel():
+                setattr(self, name, ranks.sum(part))
+
+
+def _means(losses: torch.Tensor) -> dict[str, float]:
+    """Means over the tiles, rounded once, float64 (tiles, 3)."""
+    columns = zip(_LOSSES, losses.T.tolist(), strict=True)
+    return {name: math.fsum(column) / len(column) for name, column in columns}
 
 
 class _Missing:
@@ -193,12 +271,18 @@ def _predict(
     batch: Batch,
     normaliser: Normaliser | None,
     device: torch.device,
+    *,
     precision: Precision,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (tiles, classes, height, width) float32 and label bits (tiles, height, width)."""
+    loss: LabelSetLoss | None,
+) -> tuple[torch.Tensor, torch.Tensor, SampleLosses | None]:
+    """Probabilities (tiles, classes, height, width) float32, label bits (tiles, height, width), losses.
+
+    A model that gives probabilities has no losses.
+    """
     pixels = batch.pixels.to(device)
+    labels = pixels.label_bits()
     with autocast(device, precision):
         if normaliser is None:
-            return model(pixels.images().float()), pixels.label_bits()
+            return model(pixels.images().float()), labels, None
         logits = dense_logits(model, normaliser(pixels.images()))
-    return logits.float().softmax(1), pixels.label_bits()
+    return logits.float().softmax(1), labels, None if loss is None else loss(logits, labels)

@@ -45,6 +45,17 @@ _VALID_BIT = 15  # of the label bits
 _COMPOSITES = {"rgb": ("red", "green", "blue"), "nir": ("nir", "red", "green")}
 _GAP = 4  # pixels between two panes
 _SMALLEST_PANE = 192  # pixels; smaller tiles are enlarged, or the legend would not fit
+_LARGEST_PANE = 512  # pixels
+_CELL = 44  # pixels, side of a confusion matrix's cell
+# From dark blue to bright yellow, as in Nuñez, Anderton and Renslow's cividis (2018).
+_RAMP: tuple[Color, ...] = (
+    (0, 34, 78),
+    (66, 78, 108),
+    (124, 123, 120),
+    (187, 174, 107),
+    (254, 232, 56),
+)
+_RIGHT: Color = (200, 200, 200)  # no class has this colour
 _PAPER: Color = (24, 24, 24)
 _INK: Color = (224, 224, 224)
 _ROW = 18  # pixels, height of a line of text
@@ -148,8 +159,12 @@ def panel(
     classes: Sequence[str],
     *,
     valid: NDArray[np.bool_] | None = None,
+    confidence: NDArray[Any] | None = None,
+    title: str = "",
 ) -> Picture:
-    """A tile in natural colours, in false colours, its truth and its prediction, side by side.
+    """A tile in natural colours, in false colours, its truth and its prediction.
+
+    With the network's confidence also where it is wrong and how sure it is, in a second row.
 
     Args:
         image: (bands, height, width), any number type.
@@ -158,22 +173,114 @@ def panel(
         predicted: (height, width) of class ids.
         classes: names in the order of the ids.
         valid: (height, width), where the prediction counts; None takes the labels' valid bit.
+        confidence: (height, width), probability of the predicted class, 0 to 1.
+        title: a line above everything.
 
     Returns:
-        uint8 of shape (height', 4 * width' + 3 gaps, 3), with captions above and a legend beneath;
-        tiles smaller than 192 pixels are enlarged by a whole factor.
+        uint8 of shape (height', width'', 3), with captions above and a legend beneath: four panes side
+        by side, or three beside three. Tiles smaller than 192 pixels are enlarged by a whole factor,
+        and of those larger than 512 only every second (third, …) pixel is drawn.
     """
     if valid is None and labels is not None:
         valid = _valid(labels)
+    panes = {"RGB": composite(image, bands, "rgb"), "NIR-R-G": composite(image, bands, "nir")}
+    truth = "no truth" if labels is None else "truth"
     nothing = np.full((*predicted.shape, 3), _PAPER, np.uint8)
-    panes = [
-        composite(image, bands, "rgb"),
-        composite(image, bands, "nir"),
-        nothing if labels is None else truth_picture(labels, len(classes)),
-        paint(predicted, len(classes), valid),
-    ]
-    captions = ["RGB", "NIR-R-G", "no truth" if labels is None else "truth", "prediction"]
-    return sheet([enlarge(pane) for pane in panes], captions, classes)
+    panes[truth] = nothing if labels is None else truth_picture(labels, len(classes))
+    panes["prediction"] = paint(predicted, len(classes), valid)
+    columns = len(panes)
+    if confidence is not None:
+        columns = 3
+        wrong = nothing if labels is None else wrong_picture(labels, predicted, len(classes), valid)
+        panes["where wrong: the class predicted"] = wrong
+        panes["confidence: dark 0, bright 1"] = confidence_picture(confidence, valid)
+    pictures = [enlarge(_thin(pane)) for pane in panes.values()]
+    return sheet(pictures, list(panes), classes, columns=columns, title=title)
+
+
+def wrong_picture(
+    labels: NDArray[Any],
+    predicted: NDArray[Any],
+    classes: int,
+    valid: NDArray[np.bool_] | None = None,
+) -> Picture:
+    """What was predicted where that is none of the labels; the rest is light, or black if not valid.
+
+    Args:
+        labels: (height, width) of label bits; a pixel without any scored label cannot be wrong.
+        predicted: (height, width) of class ids.
+        classes: how many.
+        valid: (height, width), where the prediction counts; None takes the labels' valid bit.
+    """
+    bits = labels.astype(np.int32)
+    scored = bits & ((1 << min(classes, _VALID_BIT)) - 1)
+    wrong = (scored != 0) & ((bits >> predicted.astype(np.int32)) & 1 == 0)
+    picture = paint(predicted, classes)
+    picture[~wrong] = _RIGHT
+    picture[~(_valid(bits) if valid is None else valid)] = INVALID
+    return picture
+
+
+def confidence_picture(confidence: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> Picture:
+    """Values from 0 to 1 in colours from dark blue to bright yellow, that all kinds of sight can order.
+
+    Args:
+        confidence: (height, width).
+        valid: (height, width), False where a pixel does not count; those are black.
+    """
+    places = np.linspace(0, 1, len(_RAMP))
+    values = np.nan_to_num(confidence.astype(np.float32)).clip(0, 1)
+    bands = [np.interp(values, places, channel) for channel in np.array(_RAMP).T]
+    picture: Picture = np.stack(bands, axis=-1).round().astype(np.uint8)
+    if valid is not None:
+        picture[~valid] = INVALID
+    return picture
+
+
+def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Picture:
+    """A confusion matrix as shares of the true class, in percent, with the classes' names.
+
+    Args:
+        matrix: rows predicted, columns true, in pixels.
+        classes: names in the order of the ids.
+
+    Returns:
+        uint8 of shape (height, width, 3): a row for each true class, which adds up to 100, and a column
+        for each prediction. A class that is nowhere in the truth has an empty row.
+    """
+    true = np.array(matrix, np.float64).T
+    shares = true / np.maximum(true.sum(1, keepdims=True), 1)
+    margin = _GAP * 3 + max(round(_font().getlength(name)) for name in classes)
+    top, side = _ROW + margin, _CELL * len(classes)
+    sheet = Image.new("RGB", (margin + side + _GAP, top + side + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, 2), "rows: truth, columns: prediction, percent", fill=_INK, font=_font())
+    for row, name in enumerate(classes):
+        y = top + row * _CELL
+        draw.text((_GAP, y + _CELL // 2 - 6), name, fill=_INK, font=_font())
+        sheet.paste(_upright(name, margin - _GAP), (margin + row * _CELL + _CELL // 2 - 6, _ROW))
+        for column, share in enumerate(shares[row] if true[row].any() else ()):
+            x = margin + column * _CELL
+            shade = confidence_picture(np.array([[share]]))[0, 0]
+            draw.rectangle((x, y, x + _CELL - 2, y + _CELL - 2), fill=tuple(map(int, shade)))
+            ink = (0, 0, 0) if share > 0.5 else (255, 255, 255)
+            words = f"{100 * share:.1f}"
+            left = x + (_CELL - round(_font().getlength(words))) // 2
+            draw.text((left, y + _CELL // 2 - 6), words, fill=ink, font=_font())
+    return np.asarray(sheet)
+
+
+def _upright(words: str, height: int) -> Image.Image:
+    """A line that is read from below, and ends above what follows."""
+    line = Image.new("RGB", (height, 14), _PAPER)
+    ImageDraw.Draw(line).text((0, 0), words, fill=_INK, font=_font())
+    return line.transpose(Image.Transpose.ROTATE_90)
+
+
+def _thin(picture: Picture) -> Picture:
+    """Every so many pixels of a large picture."""
+    step = -(-max(picture.shape[:2]) // _LARGEST_PANE)
+    return picture[::step, ::step]
 
 
 def enlarge(picture: Picture) -> Picture:
@@ -184,19 +291,39 @@ def enlarge(picture: Picture) -> Picture:
     return np.pad(larger, ((0, 0), (0, margin), (0, 0))) if margin else larger
 
 
-def sheet(panes: Sequence[Picture], captions: Sequence[str], classes: Sequence[str]) -> Picture:
-    """Pictures of the same size side by side, with captions above and a legend of classes beneath."""
+def sheet(
+    panes: Sequence[Picture],
+    captions: Sequence[str],
+    classes: Sequence[str],
+    *,
+    columns: int | None = None,
+    title: str = "",
+) -> Picture:
+    """Pictures of the same size with captions above, and a legend of classes beneath.
+
+    Args:
+        panes: from left to right and from top to bottom.
+        captions: of each.
+        classes: names in the order of the ids.
+        columns: panes in a row; None puts all side by side.
+        title: a line above everything; empty for none.
+    """
+    columns = columns or len(panes)
     height, width = panes[0].shape[:2]
-    full = width * len(panes) + _GAP * (len(panes) - 1)
+    full = width * columns + _GAP * (columns - 1)
     entries, rows = _legend(classes, full)
-    sheet = Image.new("RGB", (full, _ROW + height + rows * _ROW + _GAP), _PAPER)
+    top = _ROW if title else 0
+    bottom = top + -(-len(panes) // columns) * (_ROW + height)
+    sheet = Image.new("RGB", (full, bottom + rows * _ROW + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, 2), title, fill=_INK, font=_font())
     for number, (caption, pane) in enumerate(zip(captions, panes, strict=True)):
-        left = number * (width + _GAP)
-        draw.text((left + _GAP, 2), caption, fill=_INK, font=_font())
-        sheet.paste(Image.fromarray(pane), (left, _ROW))
+        row, column = divmod(number, columns)
+        left, above = column * (width + _GAP), top + row * (_ROW + height)
+        draw.text((left + _GAP, above + 2), caption, fill=_INK, font=_font())
+        sheet.paste(Image.fromarray(pane), (left, above + _ROW))
     for entry in entries:
-        _draw_entry(draw, entry, _ROW + height + _GAP)
+        _draw_entry(draw, entry, bottom + _GAP)
     return np.asarray(sheet)
 
 
@@ -232,6 +359,16 @@ def _draw_entry(draw: ImageDraw.ImageDraw, entry: _Entry, top: int) -> None:
 
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default()
+
+
+def encode(picture: Picture) -> bytes:
+    """The content of an image file: JPEG, which takes a tenth of PNG's time and room.
+
+    At the full resolution of colours, so that classes keep theirs.
+    """
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "JPEG", quality=92, subsampling=0)
+    return content.getvalue()
 
 
 def encode_png(picture: Picture) -> bytes:

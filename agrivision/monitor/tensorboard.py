@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -29,7 +29,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from agrivision.monitor.appended import Appended, close_after
-from agrivision.monitor.pictures import Picture, encode_png
+from agrivision.monitor.pictures import Picture, encode
 from agrivision.storage import detach, replacing, storage_error
 
 TEXT = "/text_summary"  # how the tags of texts end
@@ -39,6 +39,7 @@ _PREFIX = "events.out.tfevents."
 _HEADER = struct.Struct("<QI")  # length of the message, checksum of the length
 _FOOTER_BYTES = 4  # checksum of the message
 _Goes = Callable[[Any], bool]  # whether an event is to be removed
+_NOTHING: Mapping[str, Any] = {}
 _NOT_CONTENT = {"file_version", "session_log", None}  # kinds of events that show nothing
 
 
@@ -48,7 +49,13 @@ class TensorBoard:
     What the disk refuses is kept and written later (see `Appended`): a curve has every step once.
     """
 
-    def __init__(self, folder: Path, resume_step: int, again: Again = lambda _: False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int,
+        again: Again = lambda _: False,
+        about: Mapping[str, Any] = _NOTHING,
+    ) -> None:
         """Remove what an interrupted run wrote after its checkpoint, and open a new event file.
 
         Args:
@@ -56,6 +63,9 @@ class TensorBoard:
             resume_step: last step that the checkpoint holds; 0 for a new run, which removes
                 every event that the folder has.
             again: whether what has a tag is written again for that step; it is removed too.
+            about: what the folder holds of these tags at step 0, and nowhere else: a Summary with one
+                value, or None for nothing. What is there and the same is left alone, so that a run has
+                each once over all its interruptions.
 
         Raises:
             StorageError, NotWritable: the disk refused.
@@ -65,11 +75,15 @@ class TensorBoard:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(folder, error) from error
-        keep_events(folder, resume_step or -1, again)
+        values = {tag: _value(summary) for tag, summary in about.items()}
+        there = _keep(folder, resume_step or -1, again, values).about
         for path in _event_files(folder)[-1:]:
             detach(path)  # an attempt on a node that Slurm has lost may still have it open
         self._file = Appended(_new_file(folder), new=True)
         self._open_events(resume_step)
+        for tag, summary in about.items():
+            if summary is not None and tag not in there:
+                self.add(0, summary)
 
     def __enter__(self) -> Self:
         return self
@@ -90,15 +104,19 @@ class TensorBoard:
             values: by tag, such as `loss/total`, `train/lr`, `score/miou`, `iou/CLASS`.
         """
         entries = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
-        self._write(step, Summary(value=entries))
+        self.add(step, Summary(value=entries))
+
+    def add(self, step: int, summary: Any) -> None:
+        """Add what one of TensorBoard's plugins reads: a `Summary`, as from `summaries`."""
+        self._add(Event(wall_time=time.time(), step=step, summary=summary))
 
     def pictures(self, step: int, tag: str, image: Picture) -> None:
         """Add a picture, uint8 of shape (height, width, 3), RGB."""
         height, width, _ = image.shape
         content = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=encode_png(image)
+            height=height, width=width, colorspace=3, encoded_image_string=encode(image)
         )
-        self._write(step, Summary(value=[Summary.Value(tag=tag, image=content)]))
+        self.add(step, Summary(value=[Summary.Value(tag=tag, image=content)]))
 
     def text(self, tag: str, text: str) -> None:
         """Add a text in Markdown, at the first step of this turn of the run.
@@ -113,7 +131,7 @@ class TensorBoard:
         )
         metadata = SummaryMetadata(plugin_data=plugin)
         value = Summary.Value(tag=f"{tag}{TEXT}", metadata=metadata, tensor=tensor)
-        self._write(self._first_step, Summary(value=[value]))
+        self.add(self._first_step, Summary(value=[value]))
 
     def flush(self) -> None:
         """Bring everything onto the disk; call it before a checkpoint that counts on these steps.
@@ -131,9 +149,6 @@ class TensorBoard:
         """
         self._file.close()
 
-    def _write(self, step: int, summary: Any) -> None:
-        self._add(Event(wall_time=time.time(), step=step, summary=summary))
-
     def _open_events(self, resume_step: int) -> None:
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resume_step:
@@ -146,6 +161,11 @@ class TensorBoard:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         self._file.append(record.getvalue())
+
+
+def _value(summary: Any) -> Any:
+    """The one value of a Summary; None of None."""
+    return None if summary is None else summary.value[0]
 
 
 def _new_file(folder: Path) -> Path:
@@ -181,48 +201,78 @@ def keep_events(folder: Path, last_step: int, again: Again = lambda _: False) ->
     Raises:
         StorageError, NotWritable: the disk refused; the file is then as it was.
     """
+    return _keep(folder, last_step, again, _NOTHING).dropped
+
+
+@dataclass
+class _Kept:
+    """How many events went, and the tags of those about the run that are there and stay."""
+
+    dropped: int = 0
+    about: set[str] = field(default_factory=set)
+
+
+def _keep(folder: Path, last_step: int, again: Again, about: Mapping[str, Any]) -> _Kept:
+    kept = _Kept()
 
     def goes(event: Any) -> bool:
         if event.WhichOneof("what") == "file_version":
             return False
-        tags = [value.tag for value in event.summary.value]
-        return bool(event.step > last_step or (event.step == last_step and any(map(again, tags))))
+        values = event.summary.value
+        if event.step > last_step or (event.step == last_step and any(again(v.tag) for v in values)):
+            return True
+        return any(value.tag in about and value != about[value.tag] for value in values)
 
-    return sum(_keep_events_of_file(path, goes) for path in _event_files(folder))
+    for path in _event_files(folder):
+        findings = _keep_events_of_file(path, goes)
+        kept.dropped += findings.dropped
+        kept.about |= findings.tags & about.keys()
+    return kept
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Findings:
-    """What one event file holds: events to keep that show something, events to drop, a torn end."""
+    """What one event file holds: events to keep that show something, events to drop, a torn end.
 
-    content: int
-    dropped: int
-    torn: bool
+    Attributes:
+        content: how many show something.
+        dropped: how many are to go.
+        tags: of those that stay at step 0.
+        torn: whether the file ends in the middle of one.
+    """
+
+    content: int = 0
+    dropped: int = 0
+    tags: set[str] = field(default_factory=set)
+    torn: bool = False
 
 
-def _keep_events_of_file(path: Path, goes: _Goes) -> int:
+def _keep_events_of_file(path: Path, goes: _Goes) -> _Findings:
     try:
         findings = _examine(path, goes)
         if not findings.content:
             path.unlink()
-            return findings.dropped
+            return findings
     except OSError as error:
         raise storage_error(path, error) from error
     if findings.dropped or findings.torn:
         _rewrite(path, goes)
-    return findings.dropped
+    return findings
 
 
 def _examine(path: Path, goes: _Goes) -> _Findings:
-    content = dropped = size = 0
+    findings, size = _Findings(), 0
     with path.open("rb") as file:
         for event, record in _records(file):
             size += len(record)
             if goes(event):
-                dropped += 1
+                findings.dropped += 1
             elif event.WhichOneof("what") not in _NOT_CONTENT:
-                content += 1
-    return _Findings(content, dropped, torn=size != path.stat().st_size)
+                findings.content += 1
+                if event.step == 0:
+                    findings.tags.update(value.tag for value in event.summary.value)
+        findings.torn = size != path.stat().st_size
+    return findings
 
 
 def _rewrite(path: Path, goes: _Goes) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
+import torch
 
 from agrivision.data.augment import Normaliser
 from agrivision.data.loader import TrainLoader
@@ -16,14 +16,15 @@ from agrivision.data.quarantine import Damage, most_damaged
 from agrivision.errors import AgrivisionError, Diverged, ExitCode, PeerLost
 from agrivision.evaluation.evaluate import Evaluation, evaluate
 from agrivision.inference.trained import Description
+from agrivision.monitor.gpus import Gpus, reader
 from agrivision.phase import moved, phase
 from agrivision.training import provenance
 from agrivision.training.patience import DiskPatience
 from agrivision.training.profiling import profiled
-from agrivision.training.record import Record, write_quarantine
-from agrivision.training.saver import Saver, SaveWatch
+from agrivision.training.record import Extremes, Record, write_quarantine
+from agrivision.training.saver import Saved, Saver, SaveWatch
 from agrivision.training.setting import Setting
-from agrivision.training.showcase import draw_panels
+from agrivision.training.showcase import Worst, draw_panels
 from agrivision.training.tally import Look
 from agrivision.training.trainer import Step, Trainer
 
@@ -59,7 +60,7 @@ class Loop:
             whole=trainer.progress.step or None,
             patience=self._patience,
             flush=record.flush,
-            saved=self._check_warning,
+            saved=self._saved,
         )
         trainer.isolated = self._isolated
         trainer.before_change = self._saver.copied  # on rank 0 alone there is anything to wait for
@@ -70,6 +71,7 @@ class Loop:
         self._saved_step = trainer.progress.step if trainer.progress.step else -1
         self._warning_seconds = setting.ranks.world.signal_seconds
         self._slowest_step = 0.0
+        self._gpus = Gpus(self._ranks, reader(self._device))
         self._profile = self._run.profile if setting.profile else None
         self._still_ours = setting.still_ours
         self._left_out: set[int] = set()  # validation tiles that the log has named
@@ -82,8 +84,7 @@ class Loop:
             return self._train()
 
     def _train(self) -> ExitCode:
-        config, progress = self._config, self._trainer.progress
-        self._record.text("config", f"```yaml\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```")
+        progress = self._trainer.progress
         self._write_quarantine()
         if progress.step and not self._evaluate_if_due():  # the attempt before may have missed it
             return self._leave()
@@ -106,6 +107,7 @@ class Loop:
         if self._saved_step != progress.step:
             self._save()
         self._finish_saving()
+        self._record.ended(progress.step)
         log.info("done after %d steps; results in %s", progress.step, self._run.path)
         return ExitCode.DONE
 
@@ -132,7 +134,17 @@ class Loop:
                 "quarantined": len(self._trainer.quarantine),
             }
             self._trainer.tally.restart()
-            self._record.trained(step.number, whole.epoch, values, self._loader.waited)
+            gpus = self._gpus.take()
+            self._record.trained(step.number, whole.epoch, values, self._loader.waited, gpus)
+        if self._config.monitor.histograms and (self._ends_epoch() or self._is_last()):
+            self._record.weights(step.number, self._tensors())
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights and their gradients, clipped as the step took them, by tag."""
+        for name, weight in self._trainer.model.named_parameters():
+            yield f"weights/{name}", weight
+            if weight.grad is not None:
+                yield f"gradients/{name}", weight.grad
 
     def _isolated(self, found: Sequence[Damage], step: int) -> None:
         """Name tiles that are in quarantine from a step on."""
@@ -235,6 +247,10 @@ class Loop:
         known = Description.of(self._config.model, self._data.schema, self._normaliser)
         return self._trainer.states() | {"description": known.to_dict()}
 
+    def _saved(self, checkpoint: Saved) -> None:
+        self._record.saved(checkpoint)
+        self._check_warning(checkpoint.seconds)
+
     def _check_warning(self, save_seconds: float) -> None:
         """Say, once, if the job's warning before its end leaves no time for a step and a save."""
         needed = self._MARGIN * (self._slowest_step + save_seconds)
@@ -261,16 +277,34 @@ class Loop:
             return False
         seconds = time.perf_counter() - begin
         self._name(evaluation.left_out)
+        worst = self._extremes(evaluation.tiles.worst)
         drawn = self._ranks.world.is_main and self._config.monitor.tensorboard
         with phase("draw"):
-            panels = self._panels() if drawn else {}  # before anything is written: it takes its time
+            # Before anything is written: it takes its time.
+            panels = self._panels(worst) if drawn else {}
         self._finish_saving()  # what has a score has a checkpoint
-        self._record.scored(step, evaluation)
+        self._record.scored(step, evaluation, seconds)
         self._record.pictures(step, panels)
         # Its row comes last: it says that the rest is there, and need not be made again.
         self._on_main(lambda: self._patience.persist(self._record.flush, moved))
-        self._record.evaluated(step, self._epoch, evaluation, seconds)
+        extremes = {"best": self._extremes(evaluation.tiles.best), "worst": worst}
+        self._record.evaluated(step, self._epoch, evaluation, seconds, self._named(extremes))
         return True
+
+    def _extremes(self, which: Callable[[int, int], list[tuple[int, float]]]) -> Worst:
+        """Some tiles of each class, and their IoU."""
+        count = self._config.monitor.worst_tiles
+        return {name: which(number, count) for number, name in enumerate(self._data.schema.classes)}
+
+    def _named(self, extremes: Mapping[str, Worst]) -> Extremes:
+        """The same tiles by their keys; rank 0 alone writes them."""
+        if not self._ranks.world.is_main:
+            return {}
+        key = self._data.val.key
+        return {
+            which: {name: [(key(tile), iou) for tile, iou in tiles] for name, tiles in found.items()}
+            for which, found in extremes.items()
+        }
 
     def _name(self, left_out: Sequence[Damage]) -> None:
         """Name validation tiles that are not in the score, each once."""
@@ -297,17 +331,20 @@ class Loop:
             batch_size=self._config.evaluation.batch_size,
             threads=self._config.data.threads,
             precision=self._config.training.precision,
+            loss=self._trainer.loss,
+            curves=self._config.monitor.tensorboard and self._config.monitor.pr_curves,
             allowed=most_damaged(self._config.data.max_damaged_share, len(self._data.val)),
             stop=lambda: self._stop.made,
         )
 
-    def _panels(self) -> Mapping[str, Any]:
+    def _panels(self, worst: Worst) -> Mapping[str, Any]:
         return draw_panels(
             self._trainer.evaluated,
             self._data.val,
             self._normaliser,
             self._device,
             count=self._config.monitor.images,
+            worst=worst,
             precision=self._config.training.precision,
         )
 

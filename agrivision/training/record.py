@@ -10,7 +10,7 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -18,15 +18,22 @@ from typing import Any
 import torch
 
 from agrivision.errors import AgrivisionError
+from agrivision.evaluation.curves import above
 from agrivision.evaluation.evaluate import Evaluation
 from agrivision.late import SECONDS, await_seen, is_late
+from agrivision.monitor import summaries
 from agrivision.monitor.metrics import MetricsLog, keep_steps
-from agrivision.monitor.pictures import Picture
+from agrivision.monitor.pictures import Picture, confusion_picture
 from agrivision.monitor.progress import Progress, progress
-from agrivision.monitor.tensorboard import TEXT, TensorBoard
+from agrivision.monitor.tensorboard import TensorBoard
 from agrivision.rundir import RunDirectory
 from agrivision.storage import detach, make_private, storage_error, write_atomically
+from agrivision.training.about import About
+from agrivision.training.saver import Saved
 from agrivision.world import World
+
+Extremes = Mapping[str, Mapping[str, Sequence[tuple[str, float]]]]
+_NO_TILES: Extremes = {}
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +46,8 @@ class Record:
         world: who writes.
         resume_step: the step that the run goes on from, 0 for a new one.
         total_steps: of the whole run.
-        tensorboard: write event files.
+        pixels: of an image as the network sees it in training.
+        about: what TensorBoard shows of the run; None writes no event files.
         samples: write the list of samples.
     """
 
@@ -50,7 +58,8 @@ class Record:
         *,
         resume_step: int,
         total_steps: int,
-        tensorboard: bool,
+        pixels: int,
+        about: About | None,
         samples: bool,
     ) -> None:
         self._stack = ExitStack()
@@ -67,12 +76,16 @@ class Record:
         if not world.is_main:
             return
         self._metrics = self._open(MetricsLog(run.metrics))
-        if tensorboard:
+        self._attempt = 1 if about is None else about.attempt
+        if about is not None:
             done = resume_step in run.evaluations()
-            board = TensorBoard(run.tensorboard, resume_step, again=_never if done else _is_score)
-            self._board = self._open(board)
+            again = _never if done else _is_score
+            self._board = self._open(
+                TensorBoard(run.tensorboard, resume_step, again, about.summaries())
+            )
+            self._board.text("run/attempts", about.attempt_text)
         self._bar = progress("training", total_steps, done=resume_step)
-        self._rates = _Rates()
+        self._rates = _Rates(pixels)
 
     def _open(self, thing: Any) -> Any:
         return self._stack.enter_context(thing)
@@ -98,7 +111,14 @@ class Record:
             self._rates.images += images
             self._bar.advance(1)
 
-    def trained(self, step: int, epoch: int, values: Mapping[str, float], waited: float) -> None:
+    def trained(
+        self,
+        step: int,
+        epoch: int,
+        values: Mapping[str, float],
+        waited: float,
+        gpus: Sequence[Mapping[str, float]] = (),
+    ) -> None:
         """Write the means since the last such call.
 
         Args:
@@ -106,48 +126,105 @@ class Record:
             epoch: of the step.
             values: `total`, `cross_entropy`, `dice`, `gradient_norm`, `learning_rate`, `quarantined`.
             waited: seconds that rank 0 has waited for pixels since the start of the process.
+            gpus: as from `Gpus.take`.
         """
         if self._metrics is None:
             return
         values = dict(values) | self._rates.take(waited)
-        self._metrics.append({"kind": "training", "step": step, "epoch": epoch, **values})
+        row = {"kind": "training", "step": step, "epoch": epoch, **values}
+        self._append(row | {"gpus": gpus} if any(gpus) else row)
         if self._board is not None:
-            self._board.scalars(step, {_TAGS.get(name, name): value for name, value in values.items()})
+            points = {_TAGS.get(name, name): value for name, value in values.items()}
+            self._board.scalars(step, points | dict(_gpu_tags(gpus)) | {_ATTEMPT: self._attempt})
         if self._bar is not None:
             shown = {"loss": values["total"]} if "total" in values else {}
             self._bar.advance(0, **shown, **{"images/s": values["images_per_second"]})
 
-    def scored(self, step: int, evaluation: Evaluation) -> None:
-        """Add an evaluation of the validation split to the curves."""
+    def saved(self, checkpoint: Saved) -> None:
+        """A checkpoint is on the disk; another thread than the others' may say so."""
+        seconds = {"seconds": checkpoint.seconds, "stall_seconds": checkpoint.stall_seconds}
+        known = {"kind": "checkpoint", "step": checkpoint.step, "epoch": checkpoint.epoch}
+        self._append(known | seconds)
         if self._board is not None:
-            self._board.scalars(step, dict(_score_tags(evaluation)))
+            points = {f"checkpoint/{name}": value for name, value in seconds.items()}
+            self._board.scalars(checkpoint.step, points)
 
-    def evaluated(self, step: int, epoch: int, evaluation: Evaluation, seconds: float) -> None:
+    def scored(self, step: int, evaluation: Evaluation, seconds: float) -> None:
+        """Add an evaluation of the validation split to the curves."""
+        if self._board is None:
+            return
+        found = evaluation.scores
+        self._board.scalars(step, dict(_score_tags(evaluation)) | {_EVALUATION_SECONDS: seconds})
+        self._board.pictures(step, _CONFUSION, confusion_picture(found.confusion, found.classes))
+        for summary in _curves(evaluation):
+            self._board.add(step, summary)
+
+    def evaluated(
+        self,
+        step: int,
+        epoch: int,
+        evaluation: Evaluation,
+        seconds: float,
+        extremes: Extremes = _NO_TILES,
+    ) -> None:
         """Write the row of an evaluation; without it, whoever resumes at its step evaluates again.
 
         So call it last, when its curves and pictures are on the disk.
+
+        Args:
+            step: optimiser steps done.
+            epoch: whole epochs done.
+            evaluation: of the validation split.
+            seconds: that it took.
+            extremes: `best` and `worst`, by class the tiles' keys and their IoU.
         """
         if self._metrics is None:
             return
         found = evaluation.scores
-        row = {"kind": "evaluation", "step": step, "epoch": epoch, "miou": found.miou, "iou": found.iou}
         left_out = len(evaluation.left_out)
-        self._metrics.append(row | {"left_out": left_out, "seconds": seconds})
+        row: dict[str, Any] = {
+            "kind": "evaluation",
+            "step": step,
+            "epoch": epoch,
+            "miou": found.miou,
+            "iou": found.iou,
+            "precision": found.precision,
+            "recall": found.recall,
+            "f1": found.f1,
+            "confusion": found.confusion,
+            "left_out": left_out,
+            "seconds": seconds,
+            **extremes,
+        }
+        self._append(row if evaluation.losses is None else row | {"loss": evaluation.losses})
         if self._bar is not None:
             self._bar.advance(0, mIoU=found.miou if found.miou is not None else "none")
             line = f"epoch {epoch}, step {step}: mIoU {_three(found.miou)} ({_by_class(found.iou)})"
             self._bar.note(f"{line}, without {left_out} tiles" if left_out else line)
+
+    def weights(self, step: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Draw histograms of tensors, by tag."""
+        if self._board is not None:
+            for tag, tensor in tensors:
+                summary = summaries.histogram(tag, tensor.detach().float().cpu().numpy())
+                if summary is not None:
+                    self._board.add(step, summary)
+
+    def ended(self, step: int) -> None:
+        """All steps are done, scored and saved."""
+        if self._board is not None:
+            self._board.add(step, summaries.session_end(time.time()))
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        """Write a row, with its time in seconds since 1970."""
+        if self._metrics is not None:
+            self._metrics.append({**row, "time": round(time.time(), 3)})
 
     def pictures(self, step: int, panels: Mapping[str, Picture]) -> None:
         """Draw panels in TensorBoard."""
         if self._board is not None:
             for tag, picture in panels.items():
                 self._board.pictures(step, tag, picture)
-
-    def text(self, tag: str, text: str) -> None:
-        """Write a text into TensorBoard."""
-        if self._board is not None:
-            self._board.text(tag, text)
 
     def flush(self) -> None:
         """Bring everything onto the disk, before a checkpoint that counts on it."""
@@ -164,14 +241,21 @@ _TAGS = {
     "learning_rate": "train/learning_rate",
     "quarantined": "data/quarantined",
     "images_per_second": "speed/images_per_second",
+    "megapixels_per_second": "speed/megapixels_per_second",
     "waiting_share": "speed/waiting_share",
     "memory_gib": "speed/memory_gib",
 }
+_ATTEMPT = "run/attempt"
+_LEFT_OUT = "data/left_out"
+_CONFUSION = "score/confusion"
+_EVALUATION_SECONDS = "speed/evaluation_seconds"
+_SCORES = ("score/", "validation/", "iou/", "precision/", "recall/", "pr/", "tiles/", "worst/")
+_MOST_GPUS = 16  # that have curves of their own
 
 
 def _is_score(tag: str) -> bool:
-    """Whether a curve, picture or text is of an evaluation."""
-    return tag not in _TAGS.values() and not tag.endswith(TEXT)
+    """Whether a curve or picture is of an evaluation."""
+    return tag.startswith(_SCORES) or tag in (_LEFT_OUT, _EVALUATION_SECONDS)
 
 
 def _never(_: str) -> bool:
@@ -180,13 +264,37 @@ def _never(_: str) -> bool:
 
 def _score_tags(evaluation: Evaluation) -> Iterator[tuple[str, float]]:
     found = evaluation.scores
-    yield "data/left_out", len(evaluation.left_out)
+    yield _LEFT_OUT, len(evaluation.left_out)
     if found.miou is not None:
         yield "score/miou", found.miou
+    for name, loss in (evaluation.losses or {}).items():
+        yield f"validation/{name}", loss
     for kind in ("iou", "precision", "recall"):
         for name, value in getattr(found, kind).items():
             if value is not None:
                 yield f"{kind}/{name}", value
+
+
+def _curves(evaluation: Evaluation) -> Iterator[Any]:
+    """Precision over recall of each class that some pixel has."""
+    if evaluation.curves is None:
+        return
+    hits, false = above(evaluation.curves)
+    for class_id, name in enumerate(evaluation.scores.classes):
+        true = int(hits[class_id, 0])
+        if true:
+            called = (hits[class_id] + false[class_id]).numpy()
+            yield summaries.precision_recall(f"pr/{name}", hits[class_id].numpy(), called, true)
+
+
+def _gpu_tags(gpus: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float]]:
+    """Curves of each GPU, by rank, and the mean over those that are told of."""
+    for name in dict.fromkeys(name for gpu in gpus for name in gpu):
+        told = {rank: gpu[name] for rank, gpu in enumerate(gpus) if name in gpu}
+        yield f"gpu/{name}/mean", sum(told.values()) / len(told)
+        if 1 < len(gpus) <= _MOST_GPUS:
+            for rank, value in told.items():
+                yield f"gpu/{name}/rank_{rank}", value
 
 
 def _three(value: float | None) -> str:
@@ -198,10 +306,15 @@ def _by_class(iou: Mapping[str, float | None]) -> str:
 
 
 class _Rates:
-    """Images a second, the share of time spent waiting for data, and memory, since the last look."""
+    """Images a second, the share of time spent waiting for data, and memory, since the last look.
 
-    def __init__(self) -> None:
+    Args:
+        pixels: of an image.
+    """
+
+    def __init__(self, pixels: int) -> None:
         self.images = 0
+        self._pixels = pixels
         self._since = time.perf_counter()
         self._waited = 0.0
 
@@ -210,6 +323,7 @@ class _Rates:
         seconds = max(now - self._since, 1e-9)
         rates = {
             "images_per_second": self.images / seconds,
+            "megapixels_per_second": self.images * self._pixels / seconds / 1e6,
             "waiting_share": min(1.0, (waited - self._waited) / seconds),
             "memory_gib": _memory_gib(),
         }

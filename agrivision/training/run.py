@@ -25,6 +25,7 @@ from agrivision.monitor.log import configure_log
 from agrivision.rundir import RunDirectory
 from agrivision.storage import write_atomically
 from agrivision.training import provenance
+from agrivision.training.about import About
 from agrivision.training.loop import Loop
 from agrivision.training.preemption import StopRequest
 from agrivision.training.record import Record
@@ -152,7 +153,8 @@ def _train(setting: Setting, *, resume_with_changes: bool) -> ExitCode:
             ranks.world,
             resume_step=trainer.progress.step,
             total_steps=trainer.total_steps,
-            tensorboard=config.monitor.tensorboard,
+            pixels=(config.data.crop or data.schema.tile) ** 2,
+            about=About.of(config, data.schema, setting.run) if config.monitor.tensorboard else None,
             samples=config.monitor.log_samples,
         )
         with record:

@@ -33,6 +33,23 @@ _LOOK_SECONDS = 1.0  # so often whoever waits sees whether the disk was tried ag
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is on the disk.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch: whole epochs done.
+        seconds: from the call to the end of its writing.
+        stall_seconds: that the training stood still for it.
+    """
+
+    step: int
+    epoch: int
+    seconds: float
+    stall_seconds: float
+
+
 class Saver:
     """Saves a run's checkpoints and removes those that are not wanted any more; only rank 0 uses it.
 
@@ -47,7 +64,7 @@ class Saver:
         whole: step of the checkpoint that the run goes on from, which was read and found whole.
         patience: with a disk that refuses.
         flush: brings onto the disk what a checkpoint counts on; called before each is written.
-        saved: told how many seconds each took, from the call to the end of its writing.
+        saved: told of each, in the thread that has written it.
     """
 
     def __init__(
@@ -60,7 +77,7 @@ class Saver:
         whole: int | None = None,
         patience: DiskPatience | None = None,
         flush: Callable[[], None] = lambda: None,
-        saved: Callable[[float], None] = lambda _: None,
+        saved: Callable[[Saved], None] = lambda _: None,
     ) -> None:
         self._run, self._keep_last, self._attempt = run, keep_last, attempt
         self._allowed, self._flush, self._saved = allowed, flush, saved
@@ -145,7 +162,10 @@ class Saver:
             with self._standing:
                 stood = self._stood
             log.info(line, step, seconds, 1000 * stood, name)
-            self._saved(seconds)
+            try:
+                self._saved(Saved(step=step, epoch=epoch, seconds=seconds, stall_seconds=stood))
+            except AgrivisionError as refusal:  # by the disk of the logs
+                self._error = refusal
 
         self._thread = threading.Thread(target=write, name=f"save step {step}")
         self._thread.start()

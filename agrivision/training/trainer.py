@@ -91,6 +91,7 @@ class Trainer:
         tally: losses and skipped steps.
         total_steps: of the whole run; set it before the first step.
         model: without a wrapper.
+        loss: of label sets, as it was given.
         optimizer: of its parameters.
         average: of its weights, None where the configuration wants none.
         quarantine: the training tiles that the run goes on without.
@@ -115,7 +116,7 @@ class Trainer:
         self.progress = Progress()
         self.tally = Tally(device)
         self.total_steps = 0
-        self.model = model
+        self.model, self.loss = model, loss
         self.optimizer = Optimizer(model, config.optimizer)
         self.average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
         self.quarantine = Quarantine(loader.reader, config.data.max_damaged_share)

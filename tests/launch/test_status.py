@@ -17,7 +17,7 @@ from launch.freeze import freeze_train
 from launch.jobdir import Attempt, JobDirectory, JobSpec
 from launch.poll import SECONDS, Answer, poll
 from launch.slurm import QueuedJob, SlurmError
-from launch.status import Row, explain, known_of, report, state_of, total_steps, why
+from launch.status import Row, explain, known_of, plan_of, report, state_of, why
 from tests.launch.conftest import FakeSlurm, queued
 
 ATTEMPT = Attempt(number=1, job="7", nodes=("n1",), tasks=2, began=1.0)
@@ -213,6 +213,7 @@ def test_a_run_s_row(run_dir: Path, slurm: FakeSlurm) -> None:
         best_miou=0.5,
         best_step=6,
         images_per_second=75.5,
+        to_go=9 * 6 / 75.5,
         attempts=1,
         time_left="1:00:00",
     )
@@ -294,10 +295,10 @@ def test_an_array_that_was_cancelled_before_it_began(tmp_path: Path, slurm: Fake
 
 
 def test_total_steps_are_those_of_the_loader(run_dir: Path, config: Path) -> None:
-    assert total_steps(config) == 18
+    assert plan_of(config) == (18, 6)
     config.write_text(config.read_text().replace("epochs: 3", "epochs: 3, max_steps: 7"))
-    assert total_steps(config) == 7
-    assert total_steps(config.with_name("nowhere.yaml")) is None
+    assert plan_of(config) == (7, 6)
+    assert plan_of(config.with_name("nowhere.yaml")) is None
 
 
 @pytest.mark.parametrize("give", [lambda run: run, lambda run: run / "launch", lambda run: run.parent])

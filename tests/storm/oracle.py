@@ -18,7 +18,7 @@ from agrivision import checkpoint
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.errors import CheckpointError
-from tests.training.runs import last_bits, metrics, samples
+from tests.training.runs import TIMINGS, last_bits, metrics, samples
 
 # An allocator's leftovers, and what a checkpoint was read into. The processes take 800 MiB.
 _SLACK_KIB = 48 << 10
@@ -74,7 +74,7 @@ def events(run_dir: Path) -> dict[str, list[tuple[int, Any]]]:
     for file in sorted((run_dir / "tensorboard").iterdir()):
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if not value.tag.startswith("speed/") and not value.HasField("tensor"):
+                if not value.tag.startswith(TIMINGS) and not value.HasField("tensor"):
                     point = value.image.encoded_image_string or value.simple_value
                     found.setdefault(value.tag, []).append((event.step, point))
     return found

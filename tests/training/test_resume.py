@@ -17,7 +17,7 @@ from agrivision.data.shards import SplitReader
 from agrivision.errors import ExitCode
 from agrivision.rundir import RunDirectory, best_step
 from tests.ranks import Disturbance, Moment, run
-from tests.training.runs import arguments, assert_same, last_bits, samples
+from tests.training.runs import TIMINGS, arguments, assert_same, last_bits, samples
 
 STEPS = 18  # three epochs of 36 tiles, or so, in batches of 6
 
@@ -124,7 +124,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if not tag.startswith("speed/")
+        if not tag.startswith(TIMINGS)
     }
 
 

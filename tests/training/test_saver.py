@@ -24,7 +24,7 @@ from agrivision.rundir import RunDirectory
 from agrivision.snapshot import Snapshot
 from agrivision.training import saver as saving
 from agrivision.training.patience import DiskPatience
-from agrivision.training.saver import Saver, SaveWatch
+from agrivision.training.saver import Saved, Saver, SaveWatch
 from agrivision.training.trainer import Trainer
 from tests.disks import fill, make_read_only, small_disk
 from tests.heard import hear
@@ -273,12 +273,13 @@ def test_memory_is_allocated_once(tmp_path: Path) -> None:
 def test_old_checkpoints_go_and_the_best_and_milestones_stay(tmp_path: Path) -> None:
     row = '{"kind": "evaluation", "step": %d, "miou": %f}\n'
     (tmp_path / "metrics.jsonl").write_text(row % (2, 0.9) + row % (3, 0.5))
-    told: list[float] = []
+    told: list[Saved] = []
     with saver_in(tmp_path, keep_last=1, saved=told.append) as saver:
         for step in range(1, 7):
             saver.save(some(step), step=step, epoch=0, milestone=step == 4)
     assert saved_in(tmp_path) == [2, 4, 6]
-    assert len(told) == 6
+    assert [saved.step for saved in told] == list(range(1, 7))
+    assert all(0 <= saved.stall_seconds <= saved.seconds for saved in told)
 
 
 def test_an_error_is_raised_once_by_the_next_save_which_saves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import os
 import re
 import socket
 import stat
@@ -18,8 +19,8 @@ from typing import IO
 import pytest
 
 from agrivision.errors import BadInput
+from agrivision.monitor import board as module
 from agrivision.monitor.tensorboard import TensorBoard
-from launch import board as module
 from tests.others import as_root, as_stranger
 
 _SECONDS = 120.0
@@ -75,7 +76,10 @@ def start(runs: Path, log: Path, *words: str) -> Board:
     early = log.open("rb")
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "launch.board", str(runs), *words], stdout=output, stderr=output
+            [sys.executable, "-m", "agrivision", "tensorboard", str(runs), *words],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_HOST": "login"},
         )
     end = time.monotonic() + _SECONDS
     while (found := re.search(r"localhost:6006/(\S+)/ ", log.read_text())) is None:
@@ -220,25 +224,49 @@ def test_it_leaves_nothing_behind(runs: Path, tmp_path: Path) -> None:
         assert list(Path(place).iterdir()) == []
 
 
-def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch, board: Board) -> None:
+def test_a_port_that_is_taken_is_passed_over(board: Board) -> None:
     assert isinstance(board.far, int)
-    monkeypatch.setattr(module, "PORTS", range(board.far, board.far + 50))
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with module._on_loopback() as listener:
+    with module._on_loopback(range(board.far, board.far + 50)) as listener:
         address, port = listener.getsockname()
         assert address == "127.0.0.1" and port > board.far
-        line = module.directions(listener, "word")[1]
-    assert f"-L 6006:127.0.0.1:{port} " in line
+        line = module.directions(listener, "word", {"SLURM_JOB_ID": "1"})[1]
+    assert f"-L 6006:127.0.0.1:{port} -J LOGIN_NODE {socket.gethostname()}" in line
 
 
-def test_what_cannot_be_served_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-m", "launch.board", str(tmp_path / "nowhere")]
+def test_the_directions_are_those_of_the_place(tmp_path: Path) -> None:
+    """In a job, on a machine that one came to by ssh, and on one's own."""
+    with module._on_loopback([0]) as listener:
+        port = listener.getsockname()[1]
+        of_job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_HOST": "login", "SLURMD_NODENAME": "n1"}
+        far = f"ssh -N -L 6006:127.0.0.1:{port}"
+        assert module.directions(listener, "word", of_job)[1] == f"  {far} -J login n1"
+        by_ssh = module.directions(listener, "word", {"SSH_CONNECTION": "a 1 b 2"})
+        assert by_ssh[1] == f"  {far} {socket.gethostname()}"
+        (here,) = module.directions(listener, "word", {})
+        assert f"http://localhost:{port}/word/ " in here and "ssh" not in here
+    with module._in_folder(tmp_path) as listener:  # which no browser opens by itself
+        assert module.directions(listener, "word", {})[1].startswith("  ssh -N -L 6006:/")
+
+
+def refusal(*words: object) -> str:
+    command = [sys.executable, "-m", "agrivision", "tensorboard", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == f"launch: error: no such folder: {tmp_path / 'nowhere'}\n"
+    assert (done.returncode, done.stdout) == (2, "")
+    return done.stderr
+
+
+def test_what_cannot_be_served_is_one_line(
+    runs: Path, board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert refusal(nowhere) == f"agrivision: error: no such folder: {nowhere}\n"
+    taken = refusal(runs, "--port", board.far)
+    assert "in use" in taken and "without --port" in taken and taken.count("\n") == 1
+    assert "no port" in refusal(runs, "--port", 70000)
+    assert "leave out" in refusal(runs, "--port", 7007, "--socket")
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr(module, "_tensorboard", lambda runs, token: None)
     with pytest.raises(BadInput, match="too long for a socket"):
-        module.serve(tmp_path, deep)
+        module.serve(tmp_path, socket_place=deep)
     assert list(deep.iterdir()) == []

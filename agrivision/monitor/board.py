@@ -1,33 +1,28 @@
-"""TensorBoard in a job, for the one who started it.
-
-`python -m launch.board RUNS_DIR`
+"""TensorBoard for the one who started it, in a job on a cluster or on a machine of one's own.
 
 It listens on loopback, behind a random word in its path that each start draws anew: on a shared node
-everybody can connect to loopback. With `--socket` there is no port at all, but a socket in a folder
-that others cannot enter. The word is never an argument of a program, since everybody can read those.
+everybody can connect to loopback. On a socket instead there is no port at all, in a folder that others
+cannot enter. The word is never an argument of a program, since everybody can read those.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
-from agrivision.errors import AgrivisionError, BadInput, ExitCode
+from agrivision.errors import BadInput
 from agrivision.ownership import require_own
 from agrivision.storage import detach
 from agrivision.world import PORTS
@@ -40,51 +35,24 @@ _SOCKET = "socket"
 _App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print how to reach TensorBoard, and serve it until this process is told to stop."""
-    parser = argparse.ArgumentParser(prog="python -m launch.board", description=__doc__)
-    parser.add_argument("runs", type=Path, help="a run directory, or a folder of them")
-    parser.add_argument(
-        "--socket",
-        type=Path,
-        nargs="?",
-        const=Path(tempfile.gettempdir()),
-        metavar="FOLDER",
-        help="listen on a socket in a private folder made in FOLDER, by default the node's own"
-        " temporary one, instead of on a port",
-    )
-    args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _leave)
-    os.umask(0o077)
-    try:
-        serve(args.runs, args.socket)
-    except AgrivisionError as error:
-        sys.stderr.write(f"launch: error: {' '.join(str(error).split())}\n")
-        return int(error.exit_code)
-    except KeyboardInterrupt:
-        return int(ExitCode.DONE)
-    return int(ExitCode.DONE)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    sys.exit(int(ExitCode.DONE))
-
-
-def serve(runs: Path, socket_place: Path | None = None) -> None:
+def serve(runs: Path, *, port: int | None = None, socket_place: Path | None = None) -> None:
     """Serve TensorBoard over a folder of runs, and say on stdout how to reach it.
 
     Args:
-        runs: the folder.
-        socket_place: where to make the folder of the socket; None for a port on loopback.
+        runs: a run directory, or a folder of them.
+        port: of loopback; None takes one that is free.
+        socket_place: where to make the folder of a socket, instead of a port.
 
     Raises:
-        BadInput: there is no such folder, or no room for the socket's name.
+        BadInput: there is no such folder, the port is taken, or no room for the socket's name.
     """
     if not runs.is_dir():
         raise BadInput(f"no such folder: {runs}")
+    if port is not None and socket_place is not None:
+        raise BadInput("a socket has no port: leave out --port or --socket")
     token = secrets.token_urlsafe(24)
     app = guarded(_tensorboard(runs.absolute(), token), token)
-    with _listening(socket_place) as listener:
+    with _listening(port, socket_place) as listener:
         server = _Server(listener, app)
         _keep_private(sys.stdout.fileno())
         for line in directions(listener, token):
@@ -184,10 +152,10 @@ class _Server(ThreadedWSGIServer):
 
 
 @contextmanager
-def _listening(socket_place: Path | None) -> Iterator[socket.socket]:
+def _listening(port: int | None, socket_place: Path | None) -> Iterator[socket.socket]:
     """A socket on a port of loopback, or in a folder of its own, which goes with the block."""
     if socket_place is None:
-        with _on_loopback() as listener:
+        with _on_loopback(_free_ports() if port is None else [port]) as listener:
             yield listener
         return
     try:
@@ -212,20 +180,29 @@ def _in_folder(folder: Path) -> socket.socket:
     return listener
 
 
-def _on_loopback() -> socket.socket:
-    """The first port that is free, from where the job's id says."""
+def _free_ports() -> Iterator[int]:
+    """Where to look for a port: from where the job's id says."""
     job = os.environ.get("SLURM_JOB_ID", "")
     first = int(job) if job.isdigit() else 0
     for place in range(len(PORTS)):
+        yield PORTS[(first + place) % len(PORTS)]
+
+
+def _on_loopback(ports: Iterable[int]) -> socket.socket:
+    """The first of some ports that is free."""
+    problem: Exception | None = None
+    for port in ports:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            listener.bind((_LOOPBACK, PORTS[(first + place) % len(PORTS)]))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((_LOOPBACK, port))
             listener.listen()
-        except OSError:
+        except (OSError, OverflowError) as error:
             listener.close()
+            problem = error
             continue
         return listener
-    raise BadInput("no free port on this node")
+    raise BadInput(f"no port to listen on: {problem}; without --port, a free one is taken")
 
 
 def _keep_private(output: int) -> None:
@@ -248,24 +225,29 @@ def _keep_private(output: int) -> None:
     os.close(anew)
 
 
-def directions(listener: socket.socket, token: str) -> list[str]:
+def directions(
+    listener: socket.socket, token: str, environment: Mapping[str, str] = os.environ
+) -> list[str]:
     """What to type elsewhere to see the page that this node serves.
 
     Args:
         listener: where it does.
         token: of its path.
+        environment: of this process: says whether it is in a job of Slurm, or came by ssh.
     """
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    login = os.environ.get("SLURM_SUBMIT_HOST", "LOGIN_NODE")
     name = listener.getsockname()
     far = name if isinstance(name, str) else f"{name[0]}:{name[1]}"
-    tunnel = ["ssh", "-N", "-L", f"6006:{far}", "-J", login, node]
+    node = environment.get("SLURMD_NODENAME") or socket.gethostname()
+    if "SLURM_JOB_ID" in environment:
+        there = ["-J", environment.get("SLURM_SUBMIT_HOST", "LOGIN_NODE"), node]
+    elif "SSH_CONNECTION" in environment or isinstance(name, str):
+        there = [node]
+    else:
+        address = f"http://localhost:{name[1]}/{token}/"
+        return [f"Open {address} in a browser; keep this address to yourself. Ctrl-C ends it."]
+    tunnel = ["ssh", "-N", "-L", f"6006:{far}", *there]
     return [
         "On your own machine, with your user name on the cluster before the names where it differs:",
         f"  {shlex.join(tunnel)}",
         f"and then open http://localhost:6006/{token}/ in a browser; keep this address to yourself.",
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

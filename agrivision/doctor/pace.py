@@ -1,0 +1,90 @@
+"""How long a run takes from a signal until it is safe: the step that it is in, and a save."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from agrivision.doctor.disks import CHECKPOINT
+from agrivision.json_values import entries, number, parse
+from agrivision.rundir import RunDirectory
+
+_STEP_SECONDS = 2.0  # of a large batch on one GPU; a step on processors may take longer
+_WRITTEN = 50e6  # bytes a second where it was not measured
+_MARGIN = 1.5  # as the training itself takes: the next one may be slower than any before
+_SAVED = re.compile(r"step \d+ saved in (\d+\.\d+) s")
+_MOST_LOG = 4 << 20  # bytes of its end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What stands between a signal and a saved run.
+
+    Attributes:
+        step: seconds of the slowest step.
+        save: seconds of the slowest save.
+        known: whether a run has shown them; else they are guessed.
+    """
+
+    step: float
+    save: float
+    known: bool
+
+    @property
+    def needed(self) -> float:
+        """Seconds that a run should have."""
+        return _MARGIN * (self.step + self.save)
+
+    def __str__(self) -> str:
+        origin = "as in this run" if self.known else "guessed for a large network"
+        parts = f"a step ({self.step:.1f} s) and a save ({self.save:.1f} s)"
+        return f"{self.needed:.0f} s for {parts}, {origin}"
+
+
+def pace_of(run_dir: Path | None, written: float | None) -> Pace:
+    """As a run has shown it, else a guess.
+
+    Args:
+        run_dir: of a run; None for none.
+        written: bytes a second that its disk takes; None where that is not known.
+    """
+    found = _of_run(RunDirectory(run_dir)) if run_dir is not None else None
+    return found or Pace(step=_STEP_SECONDS, save=CHECKPOINT / (written or _WRITTEN), known=False)
+
+
+def _of_run(run: RunDirectory) -> Pace | None:
+    saves = list(_saves(run.log / "rank-0.log"))
+    steps = list(_steps(run))
+    if not saves or not steps:
+        return None
+    return Pace(step=max(steps), save=max(saves), known=True)
+
+
+def _saves(log: Path) -> Iterator[float]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _MOST_LOG))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return
+    yield from map(float, _SAVED.findall(text))
+
+
+def _steps(run: RunDirectory) -> Iterator[float]:
+    """Seconds of a step, by the rows of metrics.jsonl; a torn row is passed over."""
+    try:
+        batch = number(entries(entries(yaml.safe_load(run.config.read_bytes()))["data"])["batch_size"])
+        lines = run.metrics.read_bytes().splitlines()
+    except (OSError, ValueError, KeyError, yaml.YAMLError):
+        return
+    for line in lines:
+        try:
+            row = entries(parse(line))
+            if row["kind"] == "training":
+                yield batch / number(row["images_per_second"])
+        except (ValueError, KeyError, ZeroDivisionError):
+            continue

@@ -1,0 +1,1 @@
+"""A page about runs: curves, scores, tiles, and what they took."""
