@@ -1,9 +1,9 @@
 """What makes the site out of pages that also read well as plain files of the repository.
 
 `mkdocs.yml` names this file. Pages that stand outside of docs/ come in without a copy, and links
-between files of the repository become links between pages. A line such as `<!-- file: configs/demo.yaml -->`
-becomes that file, `<!-- the keys -->` the list of all keys of the configuration. What is said only to
-those who read the file itself goes.
+between files of the repository become links between pages. A line such as
+`<!-- file: configs/demo.yaml -->` becomes that file, `<!-- the keys -->` the list of all keys of the
+configuration. What is said only to those who read the file itself goes.
 """
 
 from __future__ import annotations

@@ -94,15 +94,16 @@ def embedded(path: Path, most: int, words: str) -> str:
     return photograph(picture, words)
 
 
-def photograph(picture: Image.Image, words: str) -> str:
+def photograph(picture: Image.Image, words: str, quality: int = _QUALITY) -> str:
     """A picture in RGB inside the page.
 
     Args:
         picture: as it is to be shown.
         words: for those who cannot see it.
+        quality: of JPEG; a page of many pictures takes less.
     """
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=_QUALITY, subsampling=0)  # 0: the colours stay sharp
+    picture.save(content, "JPEG", quality=quality, subsampling=0)  # 0: the colours stay sharp
     data = base64.b64encode(content.getvalue()).decode()
     size = f'width="{picture.width}" height="{picture.height}"'
     return f'<img src="data:image/jpeg;base64,{data}" {size} alt="{escaped(words)}">'

@@ -98,10 +98,10 @@ def report(
     return result
 
 
-def make_data(source: Path, out: Path, side: int) -> None:
-    """Invented fields, prepared: enough training tiles of `side` pixels for some batches."""
+def make_data(source: Path, out: Path, side: int, tiles: int = 48) -> None:
+    """Invented fields, prepared: so many tiles of `side` pixels over all splits."""
     for command in (
-        ["synthesize", str(source), "--tiles", "48", "--size", str(side), "--seed", "0"],
+        ["synthesize", str(source), "--tiles", str(tiles), "--size", str(side), "--seed", "0"],
         ["prepare", str(source), str(out), "--workers", "1"],
     ):
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the report's

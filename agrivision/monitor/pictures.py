@@ -46,7 +46,8 @@ _COMPOSITES = {"rgb": ("red", "green", "blue"), "nir": ("nir", "red", "green")}
 _GAP = 4  # pixels between two panes
 _SMALLEST_PANE = 192  # pixels; smaller tiles are enlarged, or the legend would not fit
 _LARGEST_PANE = 512  # pixels
-_CELL = 44  # pixels, side of a confusion matrix's cell
+_CELL = 54  # pixels, side of a confusion matrix's cell
+_LARGE = 15  # pixels, its letters: TensorBoard shrinks it
 # From dark blue to bright yellow, as in Nuñez, Anderton and Renslow's cividis (2018).
 _RAMP: tuple[Color, ...] = (
     (0, 34, 78),
@@ -55,7 +56,7 @@ _RAMP: tuple[Color, ...] = (
     (187, 174, 107),
     (254, 232, 56),
 )
-_RIGHT: Color = (200, 200, 200)  # no class has this colour
+_RIGHT: Color = (120, 120, 120)  # no class has this colour
 _PAPER: Color = (24, 24, 24)
 _INK: Color = (224, 224, 224)
 _ROW = 18  # pixels, height of a line of text
@@ -204,7 +205,7 @@ def wrong_picture(
     classes: int,
     valid: NDArray[np.bool_] | None = None,
 ) -> Picture:
-    """What was predicted where that is none of the labels; the rest is light, or black if not valid.
+    """What was predicted where that is none of the labels; the rest is grey, or black if not valid.
 
     Args:
         labels: (height, width) of label bits; a pixel without any scored label cannot be wrong.
@@ -250,30 +251,31 @@ def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -
     """
     true = np.array(matrix, np.float64).T
     shares = true / np.maximum(true.sum(1, keepdims=True), 1)
-    margin = _GAP * 3 + max(round(_font().getlength(name)) for name in classes)
+    font = _font(_LARGE)
+    margin = _GAP * 3 + max(round(font.getlength(name)) for name in classes)
     top, side = _ROW + margin, _CELL * len(classes)
     sheet = Image.new("RGB", (margin + side + _GAP, top + side + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, 2), "rows: truth, columns: prediction, percent", fill=_INK, font=_font())
+    draw.text((_GAP, 2), "rows: truth, columns: prediction, percent", fill=_INK, font=font)
     for row, name in enumerate(classes):
         y = top + row * _CELL
-        draw.text((_GAP, y + _CELL // 2 - 6), name, fill=_INK, font=_font())
-        sheet.paste(_upright(name, margin - _GAP), (margin + row * _CELL + _CELL // 2 - 6, _ROW))
+        draw.text((_GAP, y + _CELL // 2 - 9), name, fill=_INK, font=font)
+        sheet.paste(_upright(name, margin - _GAP), (margin + row * _CELL + _CELL // 2 - 9, _ROW))
         for column, share in enumerate(shares[row] if true[row].any() else ()):
             x = margin + column * _CELL
             shade = confidence_picture(np.array([[share]]))[0, 0]
             draw.rectangle((x, y, x + _CELL - 2, y + _CELL - 2), fill=tuple(map(int, shade)))
             ink = (0, 0, 0) if share > 0.5 else (255, 255, 255)
             words = f"{100 * share:.1f}"
-            left = x + (_CELL - round(_font().getlength(words))) // 2
-            draw.text((left, y + _CELL // 2 - 6), words, fill=ink, font=_font())
+            left = x + (_CELL - round(font.getlength(words))) // 2
+            draw.text((left, y + _CELL // 2 - 9), words, fill=ink, font=font)
     return np.asarray(sheet)
 
 
 def _upright(words: str, height: int) -> Image.Image:
     """A line that is read from below, and ends above what follows."""
-    line = Image.new("RGB", (height, 14), _PAPER)
-    ImageDraw.Draw(line).text((0, 0), words, fill=_INK, font=_font())
+    line = Image.new("RGB", (height, _ROW), _PAPER)
+    ImageDraw.Draw(line).text((0, 0), words, fill=_INK, font=_font(_LARGE))
     return line.transpose(Image.Transpose.ROTATE_90)
 
 
@@ -357,8 +359,8 @@ def _draw_entry(draw: ImageDraw.ImageDraw, entry: _Entry, top: int) -> None:
     draw.text((entry.x + _SWATCH + 5, y), entry.name, fill=_INK, font=_font())
 
 
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default()
+def _font(size: float | None = None) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
 
 
 def encode(picture: Picture) -> bytes:

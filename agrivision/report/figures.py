@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
@@ -144,10 +145,17 @@ def _speed(history: History, name: str, title: str, top: float | None) -> Chart 
         return _chart(history, name, words, [line], title, low=0.0, high=top)
     short = hours[-1] < _MINUTES_UP_TO
     unit, factor = ("Minutes", 60) if short else ("Hours", 1)
-    line = Line(name="", x=factor * hours, y=rows[name], color=SERIES[0])
     gaps = [(factor * start, factor * end) for start, end in pauses(history)]
+    places = np.searchsorted(rows["step"], history.resumed_at, side="right")
+    lines = apart(Line(name="", x=factor * hours, y=rows[name], color=SERIES[0]), places.tolist())
     words_below = f"{unit} since the beginning"
-    return line_chart(name, words, [line], x=words_below, y=title, gaps=gaps, low=0.0, high=top)
+    return line_chart(name, words, lines, x=words_below, y=title, gaps=gaps, low=0.0, high=top)
+
+
+def apart(line: Line, places: Sequence[int]) -> list[Line]:
+    """A line in pieces, each of which begins at one of these points: nothing is drawn between two."""
+    pieces = zip(np.split(line.x, places), np.split(line.y, places), strict=True)
+    return [dataclasses.replace(line, x=x, y=y) for x, y in pieces]
 
 
 def pauses(history: History) -> list[tuple[float, float]]:

@@ -46,6 +46,7 @@ from agrivision.report.words import (
     time_words,
 )
 
+_QUALITY = 75  # of the tiles' JPEG: there are dozens
 _INCH = 96  # pixels of CSS
 _MISSING = "not there"  # a key that a run's configuration has not
 _MOST_ATTEMPTS = 200  # that are shown one by one
@@ -302,7 +303,7 @@ def _tiles(tiles: Tiles, level: int) -> str:
 def _tile(shown: Shown) -> str:
     reasons = ", ".join(f"{name} {score_words(iou)}" for name, iou in shown.reasons)
     words = f"{shown.key}: IoU of {reasons}"
-    picture = photograph(Image.fromarray(shown.picture), f"Tile {words}")
+    picture = photograph(Image.fromarray(shown.picture), f"Tile {words}", _QUALITY)
     return figure(scrolled(picture, f"Tile {shown.key}"), escaped(words))
 
 

@@ -63,7 +63,7 @@ FEWER = {
     "gpus_per_node 4": "gpus_per_node 2",
     "--cpus-per-task=8": "--cpus-per-task=1",
     "--cpus_per_task 8": "--cpus_per_task 1",
-    "--run_dir runs/second": "--run_dir runs/second --training.epochs 500 --training.max_steps 300",
+    "--run_dir runs/second": "--run_dir runs/second --training.epochs 500 --training.max_steps 100",
 }  # the last is cancelled while it runs
 SUBMITS = re.compile(r"^(sbatch|python -m launch (train|sweep|pipeline)) ", re.MULTILINE)
 SECONDS = 280.0  # for one block

@@ -150,6 +150,7 @@ def test_ranks_that_never_answer_are_ended(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.faults
 def test_the_whole_examination_of_this_machine(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

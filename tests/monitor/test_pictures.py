@@ -12,11 +12,15 @@ from agrivision.monitor.pictures import (
     INVALID,
     PALETTE,
     composite,
+    confidence_picture,
+    confusion_picture,
+    encode,
     encode_png,
     paint,
     panel,
     save_png,
     truth_picture,
+    wrong_picture,
 )
 
 BANDS = ("red", "green", "blue", "nir")
@@ -182,3 +186,69 @@ def test_png_files_hold_the_same_pixels(tmp_path: Path) -> None:
     content = (tmp_path / "a.png").read_bytes()
     assert content == encode_png(picture)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), picture)
+
+
+def test_where_it_is_wrong() -> None:
+    labels = np.array([[VALID | 0b10, VALID | 0b110, VALID | 0b1], [0b10, VALID, VALID | 0b1000]])
+    predicted = np.array([[1, 2, 2], [0, 1, 0]])
+    picture = wrong_picture(labels, predicted, 3)
+    pixels = [tuple(pixel) for pixel in picture.reshape(-1, 3)]
+    right = pixels[0]
+    assert right not in {*PALETTE, INVALID}
+    # Either of two labels is right; a pixel that only has a label that is not scored cannot be wrong.
+    assert pixels == [right, right, PALETTE[2], INVALID, right, right]
+
+
+def test_confidence_is_brighter_where_it_is_higher() -> None:
+    values = np.linspace(0, 1, 101)[None]
+    brightness = confidence_picture(values).astype(float) @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(brightness[0]) > 0).all()
+    hidden = confidence_picture(values, np.zeros((1, 101), bool))
+    assert (hidden == INVALID).all()
+
+
+def test_six_panes_in_two_rows() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (4, 200, 200), np.uint8)
+    labels = (1 << rng.integers(0, 3, (200, 200))) | VALID
+    predicted, names = rng.integers(0, 3, (200, 200)), ["a", "b", "c"]
+    confidence = rng.random((200, 200))
+    sheet = panel(image, BANDS, labels, predicted, names, confidence=confidence, title="a tile")
+    assert sheet.shape[1] == 3 * 200 + 2 * 4
+    panes = [
+        composite(image, BANDS),
+        composite(image, BANDS, "nir"),
+        truth_picture(labels, 3),
+        paint(predicted, 3),
+        wrong_picture(labels, predicted, 3),
+        confidence_picture(confidence),
+    ]
+    for number, pane in enumerate(panes):
+        row, column = divmod(number, 3)
+        top, left = 36 + row * 218, column * 204
+        assert np.array_equal(sheet[top : top + 200, left : left + 200], pane)
+
+
+def test_large_tiles_are_thinned() -> None:
+    image = np.zeros((4, 1100, 1100), np.uint8)
+    sheet = panel(image, BANDS, None, np.zeros((1100, 1100), int), ["a"])
+    assert sheet.shape[1] == 4 * 367 + 3 * 4
+
+
+def test_a_confusion_matrix_is_shared_out_by_truth() -> None:
+    """Rows predicted, columns true: what is drawn has a row for each true class."""
+    picture = confusion_picture([[90, 0, 0], [10, 0, 0], [0, 0, 0]], ["right", "never", "nowhere"])
+    shades = [tuple(confidence_picture(np.array([[share]]))[0, 0]) for share in (0.9, 0.1, 0.0)]
+    corners = [np.argwhere((picture == shade).all(-1))[0] for shade in shades]
+    assert len({int(row) for row, _ in corners}) == 1  # 90, 10 and 0 percent stand in one row
+    assert list(np.diff([column for _, column in corners])) == [54, 54]
+    empty = np.argwhere((picture == shades[2]).all(-1))[:, 0]
+    assert empty.max() - empty.min() < 54  # classes that are nowhere in the truth have an empty row
+
+
+def test_jpeg_keeps_the_colours_of_classes() -> None:
+    picture = paint(np.arange(16).reshape(4, 4).repeat(16, 0).repeat(16, 1), 16)
+    with Image.open(io.BytesIO(encode(picture))) as image:
+        assert image.format == "JPEG"
+        seen = np.asarray(image).astype(int)
+    assert np.abs(seen[8::16, 8::16] - picture[8::16, 8::16]).max() <= 4

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from torch.utils.tensorboard import SummaryWriter
 
 from agrivision.errors import NotWritable
+from agrivision.monitor import summaries
 from agrivision.monitor.tensorboard import TensorBoard, keep_events
 
 
@@ -111,6 +112,30 @@ def test_resumed_at_the_end(tmp_path: Path) -> None:
     run(tmp_path, 12, 12)
     check(tmp_path, 12)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_what_is_about_the_run_stands_there_once(tmp_path: Path) -> None:
+    config, charts = "config/text_summary", "custom_scalars__config__"
+    about = {
+        config: summaries.text("config", "first"),
+        charts: summaries.layout({"a": {"b": ["c"]}}),
+        "end": None,
+    }
+    for resume_step in (0, 5, 9):
+        with TensorBoard(tmp_path, resume_step, about=about) as board:
+            for step in range(resume_step + 1, resume_step + 7):
+                board.scalars(step, {"end" if step == 9 else "loss/total": 1.0})
+    assert raw(tmp_path, config) == raw(tmp_path, charts) == [0]
+    assert raw(tmp_path, "end") == []
+    assert raw(tmp_path, "loss/total") == [*range(1, 9), *range(10, 16)]
+    # The same again leaves every file as it is; something else replaces what it stands for.
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    TensorBoard(tmp_path, 15, about=about).close()
+    assert all(path.read_bytes() == content for path, content in before.items())
+    about[config] = summaries.text("config", "second")
+    TensorBoard(tmp_path, 15, about=about).close()
+    assert raw(tmp_path, config) == raw(tmp_path, charts) == [0]
+    assert accumulated(tmp_path).Tensors(config)[0].tensor_proto.string_val == [b"second"]
 
 
 def test_what_an_attempt_on_a_lost_node_still_writes_goes_nowhere(tmp_path: Path) -> None:

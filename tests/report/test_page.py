@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agrivision.charts import SERIES, Line
 from agrivision.cli import main
 from agrivision.config import flatten
 from agrivision.data.schema import Schema
@@ -18,7 +19,7 @@ from agrivision.data.shards import SplitReader
 from agrivision.errors import BadInput
 from agrivision.inference.trained import load_run
 from agrivision.pages import DASH
-from agrivision.report.figures import column_shares
+from agrivision.report.figures import apart, column_shares
 from agrivision.report.history import read_history
 from agrivision.report.page import differences, display_names
 from agrivision.report.tiles import draw_tiles
@@ -134,6 +135,13 @@ def test_the_matrix_is_divided_by_the_true_class() -> None:
     assert np.isnan(shares[:, 2]).all()
 
 
+def test_no_line_is_drawn_from_one_attempt_to_the_next() -> None:
+    x = np.array([1.0, 2, 3, 10, 11, 30])
+    pieces = apart(Line(name="", x=x, y=-x, color=SERIES[0]), [3, 5])
+    assert [piece.x.tolist() for piece in pieces] == [[1, 2, 3], [10, 11], [30]]
+    assert [piece.y.tolist() for piece in pieces] == [[-1, -2, -3], [-10, -11], [-30]]
+
+
 def test_two_runs_differ_in_exactly_these_keys(tmp_path: Path) -> None:
     other = changed(optimizer__lr=0.01, data__batch_size=16)
     other["model"] = {"depth": 4}
@@ -172,7 +180,7 @@ def test_runs_that_are_alike_say_so(tmp_path: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
-    runs = interrupted_run(tmp_path / "one"), interrupted_run(tmp_path / "two")
+    runs = interrupted_run(tmp_path / "one"), make_run(tmp_path / "two", [training(8)])
     folders = [tmp_path / "first", tmp_path / "second"]
     pages = []
     for folder in folders:

@@ -1,0 +1,1 @@
+"""Every page that we make, opened in a real browser."""
