@@ -7,7 +7,7 @@ STAMP := $(VENV)/.agrivision-installed
 BENCH_STAMP := $(VENV)/.agrivision-bench-installed
 FUZZ_STAMP := $(VENV)/.agrivision-fuzz-installed
 DOCS_STAMP := $(VENV)/.agrivision-docs-installed
-BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant maps gpu
+BENCH ?= loading prepare checksums resume memory checkpoint step ddp order invariant maps watching gpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-faults storm fuzz cluster cluster-stop bench docs check audit clean
@@ -24,7 +24,7 @@ install: $(STAMP)  ## make the virtual environment VENV with PYTHON, and install
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV)"
-	@$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet -e '.[dev,browser]'
 	@touch $@
 
 demo: $(STAMP)  ## from invented fields to maps on this machine, in minutes; results in demo-output/

@@ -1,9 +1,9 @@
 """W1: what a run pays for being watched: with TensorBoard and its pictures, without, without anything.
 
 Whole runs of `agrivision train` take turns, each in a process of its own, with the same seed. Timed is
-what lies between the first and the last evaluation: whole epochs with their steps, evaluations, pictures
-and checkpoints, but neither the start nor the first allocations. A run that is watched writes what the
-defaults of `monitor` say.
+what lies between the first and the last evaluation: whole epochs with their steps, evaluations,
+pictures and checkpoints, but neither the start nor the first allocations. A run that is watched writes
+what the defaults of `monitor` say.
 
     python -m benchmarks.watching [--quick] [--dataset DATASET] [--rounds 5]
 """
@@ -62,14 +62,15 @@ def main() -> None:
 def seconds(data: Path, args: argparse.Namespace, how: Mapping[str, object]) -> float:
     """Seconds of an epoch, from the first evaluation of a run to its last."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {
+        options: dict[str, object] = {
             "data.path": data,
             "data.batch_size": args.batch,
             "model.base_channels": args.base,
             "training.epochs": args.epochs,
             "training.deterministic": False,
             "training.precision": args.precision,
-        } | how
+            **how,
+        }
         flags = [
             word
             for key, value in options.items()

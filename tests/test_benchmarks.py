@@ -34,9 +34,10 @@ CLAIMS = {
     "ddp": {"T2"},
     "order": {"S1"},
     "maps": {"M1"},
+    "watching": {"W1"},
     "gpu": {"G1", "G2", "G4"},
 }
-WITHOUT_DATA = {"step", "ddp", "order", "maps", "gpu"}
+WITHOUT_DATA = {"step", "ddp", "order", "maps", "watching", "gpu"}
 
 
 @pytest.fixture(scope="module")

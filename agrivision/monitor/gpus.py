@@ -63,7 +63,7 @@ class Gpus:
 
         Returns:
             For each of the first 64 ranks what its driver tells: `utilisation`, `memory_gib`,
-            `power_watts`, and `energy_joules` since the last call. Empty where no rank has a GPU.
+            `power_watts`, and `energy_joules` since the last call that knew. Empty without GPUs.
 
         Raises:
             PeerLost: another rank is gone.
@@ -71,12 +71,18 @@ class Gpus:
         if self._read is None:
             return []
         mine = self._ask()
-        spent, self._energy = mine.energy_joules - self._energy, mine.energy_joules
+        spent = mine.energy_joules - self._energy
+        if not math.isnan(mine.energy_joules):
+            self._energy = mine.energy_joules
         world = self._ranks.world
         table = torch.zeros(world.size, len(_NAMES), dtype=torch.float64)
         table[world.rank] = torch.tensor([*astuple(mine)[:-1], spent], dtype=torch.float64)
         return [
-            {name: round(value, 3) for name, value in zip(_NAMES, row, strict=True) if value == value}  # noqa: PLR0124
+            {
+                name: round(value, 3)
+                for name, value in zip(_NAMES, row, strict=True)
+                if math.isfinite(value)
+            }
             for row in self._ranks.sum(table)[:MOST_GPUS].tolist()
         ]
 

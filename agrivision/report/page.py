@@ -11,13 +11,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from agrivision.charts import DARK, LIGHT, Chart
 from agrivision.errors import one_line
 from agrivision.pages import (
     DASH,
     definitions,
     document,
-    drawing,
     escaped,
     facts,
     figure,
@@ -33,6 +31,7 @@ from agrivision.pages import (
 )
 from agrivision.report import figures
 from agrivision.report.attempts import RUNNING, Attempt
+from agrivision.report.drawings import drawn, side_by_side
 from agrivision.report.history import History
 from agrivision.report.rows import Evaluation
 from agrivision.report.tiles import Shown, Tiles
@@ -47,7 +46,6 @@ from agrivision.report.words import (
 )
 
 _QUALITY = 75  # of the tiles' JPEG: there are dozens
-_INCH = 96  # pixels of CSS
 _MISSING = "not there"  # a key that a run's configuration has not
 _MOST_ATTEMPTS = 200  # that are shown one by one
 _ABSENT = object()
@@ -72,7 +70,7 @@ def page(histories: Sequence[History], tiles: Sequence[Tiles | None]) -> bytes:
         f"<header><h1>{title}</h1><p>{escaped(', '.join(names))}</p></header>",
         section("Results", _results(histories, names)),
         section("What differs in their configuration", _differing(histories, names, differing)),
-        section("Side by side", _charts(figures.compared(histories, names)) + _COMPARED),
+        section("Side by side", side_by_side(figures.compared(histories, names)) + _COMPARED),
     ]
     for number, (history, name) in enumerate(zip(histories, names, strict=True)):
         inner = _run(history, tiles[number], differing, level=3)
@@ -133,7 +131,7 @@ def _run(history: History, tiles: Tiles | None, differing: Sequence[str], *, lev
     shown = metrics.best or metrics.last
     return [
         part("At a glance", facts(_glance(history)) + _warnings(history)),
-        part("Learning", _charts(figures.curves(history)) + _learning_note(history)),
+        part("Learning", side_by_side(figures.curves(history)) + _learning_note(history)),
         part("Scores by class", _scores(history, level + 1)),
         part("Confusion", _confusion(shown)) if shown else "",
         part("Best and worst tiles", _tiles(tiles, level + 1)) if tiles is not None else "",
@@ -172,16 +170,6 @@ def _warnings(history: History) -> str:
     if history.state == RUNNING:
         notes.append("The run goes on: what stands here is what it had written so far.")
     return "".join(f'<p class="note">{escaped(note)}</p>' for note in notes)
-
-
-def _charts(charts: Iterable[Chart]) -> str:
-    drawn = "".join(figure(_drawing(chart)) for chart in charts)
-    return f'<div class="charts">{drawn}</div>' if drawn else ""
-
-
-def _drawing(chart: Chart) -> str:
-    size = round(_INCH * chart.width), round(_INCH * chart.height)
-    return drawing(chart.svg(LIGHT), chart.svg(DARK), size, chart.words)
 
 
 def _learning_note(history: History) -> str:
@@ -274,7 +262,7 @@ def _confusion(evaluation: Evaluation) -> str:
             "<p>Its evaluations hold no confusion matrix; <code>agrivision evaluate --json</code>"
             " computes that of its checkpoint.</p>"
         )
-    picture = _drawing(figures.confusion(evaluation))
+    picture = drawn(figures.confusion(evaluation))
     caption = (
         f"Where the pixels of each true class went, in per cent, at step {evaluation.step:,}."
         " The diagonal is the recall."
@@ -308,7 +296,7 @@ def _tile(shown: Shown) -> str:
 
 
 def _speed(history: History) -> str:
-    charts = _charts(figures.speed(history))
+    charts = side_by_side(figures.speed(history))
     if not charts:
         return "<p>Its rows do not tell how fast it was.</p>"
     notes = ["Evaluations and checkpoints count as time at work."]

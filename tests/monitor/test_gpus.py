@@ -101,7 +101,8 @@ def test_a_driver_that_hangs_is_waited_for_once() -> None:
     assert gpus._thread is not None
     gpus._thread.join(30)
     gpus._patience = 30
-    assert gpus.take() == [{"utilisation": 0.5}]  # of the time meanwhile nothing is known
+    # What was spent meanwhile is not lost.
+    assert gpus.take() == [{"utilisation": 0.5, "energy_joules": 20.0}]
     assert gpus.take() == [{"utilisation": 0.5, "energy_joules": 10.0}]
 
 
