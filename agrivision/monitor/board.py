@@ -8,6 +8,7 @@ cannot enter. The word is never an argument of a program, since everybody can re
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -31,6 +32,9 @@ _LOOPBACK = "127.0.0.1"
 _HERE = {"localhost", _LOOPBACK, "[::1]"}  # what a browser calls the near end of a tunnel
 _LONGEST_SOCKET = 107  # bytes that the kernel has room for
 _SOCKET = "socket"
+# TensorBoard's page asks for its fonts by their place on the server, without what it is served below.
+# They are files of its package, and tell nothing of a run.
+_FONT = re.compile(r"/font-roboto/[A-Za-z0-9_-]+\.woff2")
 
 _App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -94,7 +98,8 @@ def _tensorboard(runs: Path, token: str) -> _App:
 def guarded(app: _App, token: str) -> _App:
     """An application that answers only who knows a word, and only by the names of this machine.
 
-    A page of somebody else's whose name is made to lead here has another name in its `Host`.
+    Fonts alone are everybody's. A page of somebody else's whose name is made to lead here has another
+    name in its `Host`.
 
     Args:
         app: WSGI.
@@ -106,7 +111,10 @@ def guarded(app: _App, token: str) -> _App:
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if name not in _HERE:
             return _refusal("403 Forbidden", start_response)
-        word = str(environ.get("PATH_INFO", "")).partition("/")[2].partition("/")[0]
+        path = str(environ.get("PATH_INFO", ""))
+        if _FONT.fullmatch(path):
+            return app({**environ, "PATH_INFO": f"/{token}{path}"}, start_response)
+        word = path.partition("/")[2].partition("/")[0]
         if not secrets.compare_digest(word.encode(errors="replace"), token.encode()):
             return _refusal("404 Not Found", start_response)
 

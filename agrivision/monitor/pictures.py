@@ -256,7 +256,7 @@ def confusion_picture(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -
     top, side = _ROW + margin, _CELL * len(classes)
     sheet = Image.new("RGB", (margin + side + _GAP, top + side + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, 2), "rows: truth, columns: prediction, percent", fill=_INK, font=font)
+    draw.text((_GAP, 0), "rows: truth, columns: prediction, percent", fill=_INK, font=font)
     for row, name in enumerate(classes):
         y = top + row * _CELL
         draw.text((_GAP, y + _CELL // 2 - 9), name, fill=_INK, font=font)

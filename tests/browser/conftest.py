@@ -1,13 +1,18 @@
-"""One Chromium for all pages."""
+"""One Chromium for all pages, and a run to look at."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ranks import Disturbance, run
+from tests.training.runs import arguments
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +28,14 @@ def browser() -> Iterator[Any]:
         found = playwright.chromium.launch(executable_path=program, args=switches)
         yield found
         found.close()
+
+
+@pytest.fixture(scope="session")
+def interrupted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three interruptions, of three kinds."""
+    folder = tmp_path_factory.mktemp("runs") / "interrupted"
+    command = arguments(dataset, folder, monitor__images=2, monitor__log_every_steps=1)
+    for number, code in ((signal.SIGTERM, 85), (signal.SIGKILL, -9), (signal.SIGUSR1, 85)):
+        assert run(command, disturbance=Disturbance(number, "forward", count=6)) == [code]
+    assert run(command) == [0]
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,8 @@ import pytest
 from agrivision.cli import main
 from tests.browser.looking import DESK, PHONE, looking
 from tests.inference.small import smooth, trained_model, write_scene
-from tests.ranks import Disturbance, run
+from tests.ranks import run
 from tests.training.runs import arguments
-
-
-@pytest.fixture(scope="session")
-def interrupted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with three interruptions, of three kinds."""
-    folder = tmp_path_factory.mktemp("runs") / "interrupted"
-    command = arguments(dataset, folder, monitor__images=2, monitor__log_every_steps=1)
-    for number, code in ((signal.SIGTERM, 85), (signal.SIGKILL, -9), (signal.SIGUSR1, 85)):
-        assert run(command, disturbance=Disturbance(number, "forward", count=6)) == [code]
-    assert run(command) == [0]
-    return folder
 
 
 @pytest.fixture(scope="session")

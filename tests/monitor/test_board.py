@@ -161,6 +161,16 @@ def test_without_the_word_there_is_nothing(
         assert (status, content) == (404, b"404 Not Found\n"), tried
 
 
+def test_fonts_are_nobody_s_secret(board: Board) -> None:
+    """The page asks for them without the word; nothing else comes that way."""
+    font = "/font-roboto/RxZJdnzeo3R5zSexge8UUZBw1xU1rKptJj_0jans920.woff2"
+    status, content, _ = board.get(font)
+    assert (status, content[:4]) == (200, b"wOF2")
+    assert board.get(font, "evil.example")[0] == 403
+    for path in ("/font-roboto/", "/font-roboto/../data/runs", f"/x{font}", f"{font}/data/runs"):
+        assert board.get(path)[0] == 404
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:6006", "10.0.0.1", "", "localhost.evil"]
 )
