@@ -18,11 +18,11 @@ from tests.browser.looking import DESK, PHONE, looking
 
 pytestmark = pytest.mark.faults  # a minute
 ROOT = Path(__file__).parents[2]
-PAGES = ["", "start/", "agriculture_vision/", "slurm/", "configuration/", "api/", "comparison/"]
+PAGES = ["index", "start", "agriculture_vision", "slurm", "configuration", "api", "comparison"]
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Nothing."""
 
 
@@ -57,17 +57,19 @@ def test_a_page_of_the_site_is_fit_to_be_read(
     name: str, dark: bool, size: tuple[int, int], address: str, browser: Any
 ) -> None:
     with looking(browser, dark=dark) as look:
-        look.open(address + name, size)
+        look.open(f"{address}{name}.html", size)
         assert (look.broken(), look.spill()) == ([], 0)
-        look.picture(Path(f"site-{name.strip('/') or 'index'}-{size[0]}{'-dark' if dark else ''}.png"))
+        look.picture(Path(f"site-{name}-{size[0]}{'-dark' if dark else ''}.png"))
         assert look.violations() == []
         assert (look.complaints, look.strangers) == ([], [])
 
 
 def test_the_search_finds_a_key(address: str, browser: Any) -> None:
     with looking(browser) as look:
-        look.open(address)
-        look.page.locator("[data-md-component=search-query]").fill("stall_minutes")
+        look.open(f"{address}index.html")
+        query = look.page.locator("[data-md-component=search-query]")
+        query.click()
+        query.press_sequentially("checkpoint")
         look.page.locator(".md-search-result__link").first.wait_for(timeout=30_000)
         assert look.page.locator(".md-search-result__link").count() > 0
         assert (look.complaints, look.strangers) == ([], [])
