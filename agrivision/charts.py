@@ -221,51 +221,6 @@ def line_chart(
     return Chart(name=name, words=words, width=_WIDTH, height=_HEIGHT, draw=draw)
 
 
-def bar_chart(
-    name: str,
-    words: str,
-    names: Sequence[str],
-    values: Sequence[float],
-    colors: Sequence[Color],
-    *,
-    x: str,
-    shown: Callable[[float], str],
-) -> Chart:
-    """Horizontal bars, one below the other, each with its number.
-
-    Args:
-        name: of the file.
-        words: for those who cannot see it.
-        names: of the bars, from above.
-        values: their lengths, none below 0.
-        colors: of each.
-        x: what they are, with the unit.
-        shown: how a value is written.
-    """
-    height = _TOP + _BOTTOM + 0.19 * max(len(names), 1)
-
-    def draw(figure: Figure, theme: Theme) -> None:
-        left = max(map(_width, names), default=0.0)
-        axes = _axes(figure, theme, left=left, right=0.5, x=x, y="")
-        places = np.arange(len(names))
-        shades = [_unit(legible(color, theme)) for color in colors]
-        axes.barh(places, values, height=0.68, color=shades, linewidth=0)
-        axes.set_xlim(0, max(values, default=0) or 1)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(places, [shortened(text) for text in names])
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(_number))
-        for place, value in zip(places, values, strict=True):
-            axes.annotate(
-                shown(value), (value, place), (3, 0), textcoords="offset points", va="center",
-                fontsize=_SMALL, annotation_clip=False,
-            )  # fmt: skip
-
-    return Chart(name=name, words=words, width=_WIDTH, height=height, draw=draw)
-
-
 def histogram(
     name: str,
     words: str,

@@ -355,7 +355,7 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         _at_least("monitor.log_every_steps", self.log_every_steps, 1)
         _at_least("monitor.images", self.images, 0)
-        _at_least("monitor.worst_tiles", self.worst_tiles, 0)
+        _require(0 <= self.worst_tiles <= 20, "monitor.worst_tiles", self.worst_tiles, "from 0 to 20")
 
 
 @dataclass(frozen=True, kw_only=True)

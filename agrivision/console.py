@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,16 @@ def say(text: str) -> None:
     """Print a line on stdout."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def is_watched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether stdout is somebody's terminal.
+
+    In a step of Slurm it may look like one and be a log: `srun --unbuffered` puts a terminal of its own
+    before it.
+    """
+    in_log = "SLURM_STEP_ID" in environment and "SLURM_PTY_PORT" not in environment
+    return sys.stdout.isatty() and not in_log
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -74,7 +85,8 @@ def print_scores(scores: Mapping[str, Any]) -> None:
             cells += [_number(found.get(kind)) for kind in ("average_precision", "f1")]
         table.add_row(name, *cells)
     # A log has no width of its own; a table that is cut would be worth nothing.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    seen = is_watched()
+    console = Console(width=None if seen else 120, force_terminal=seen)
     console.print(table)
     absent = scores["absent"]
     note = f" (absent, not in the mean: {', '.join(absent)})" if absent else ""

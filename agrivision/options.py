@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def _check_flags(arguments: Sequence[str], own: set[str]) -> None:
             key = argument[2:].partition("=")[0]
             known = key in _KEYS or key in _SECTIONS or key in _OTHERS or f"--{key}" in own
             if not known:
-                raise _unknown(key, "on the command line")
+                raise _unknown(key, "on the command line", own)
 
 
 def _check_file(path: Path) -> None:
@@ -228,13 +228,14 @@ def _check_keys(node: yaml.Node | None) -> None:
             _check_keys(value)
 
 
-def _unknown(key: str, where: str) -> ConfigurationError:
+def _unknown(key: str, where: str, own: Collection[str] = ()) -> ConfigurationError:
     section, dot, _ = key.partition(".")
     if dot and section in _SECTIONS:
         valid = [name for name in _KEYS if name.startswith(f"{section}.")]
     else:
         valid = sorted({name.partition(".")[0] for name in _KEYS})
-    close = difflib.get_close_matches(key, list(_KEYS), n=1)
+    names = [*_KEYS, *(flag.removeprefix("--") for flag in own)]
+    close = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return ConfigurationError(f"unknown key {key} {where}{hint}; valid: {', '.join(valid)}")
 

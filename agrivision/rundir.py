@@ -9,9 +9,10 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agrivision.errors import RunMismatch
 from agrivision.fence import Fence, Owner, read_owner
@@ -86,20 +87,31 @@ class RunDirectory:
 
     def evaluations(self) -> dict[int, float | None]:
         """The mIoU by step of all evaluations; torn or foreign rows are passed over."""
-        try:
-            lines = self.metrics.read_bytes().splitlines()
-        except FileNotFoundError:
-            return {}
         found: dict[int, float | None] = {}
-        for line in lines:
+        for row in self.rows("evaluation"):
             try:
-                row = entries(parse(line))
-                if row["kind"] == "evaluation":
-                    score = row["miou"]
-                    found[whole(row["step"])] = None if score is None else share(score)
+                score = row["miou"]
+                found[whole(row["step"])] = None if score is None else share(score)
             except (ValueError, KeyError):
                 continue
         return found
+
+    def rows(self, kind: str) -> Iterator[dict[str, Any]]:
+        """The rows of `metrics.jsonl` of a kind; torn or foreign ones are passed over.
+
+        Others are not parsed: a long run has a hundred times as many, and this is read at each save.
+
+        Raises:
+            OSError: the file is there and cannot be read.
+        """
+        word = f'"{kind}"'.encode()
+        with suppress(FileNotFoundError), self.metrics.open("rb") as file:
+            for line in file:
+                if word in line:
+                    with suppress(ValueError):
+                        row = entries(parse(line))
+                        if row.get("kind") == kind:
+                            yield row
 
     @property
     def attempt(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from argparse import ArgumentError
@@ -12,7 +13,7 @@ from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passw
 from agrivision.options import refuse_passwords
 from launch import control, logs, pipeline, status, sweep
 from launch.resources import build, describe, find_site, take_apart
-from launch.submit import Setting, check_ranks, freeze, locate, name_of, script, submit
+from launch.submit import Setting, check_ranks, freeze, locate, name_of, script, submit, warn_of_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +54,9 @@ def _dispatch(arguments: list[str]) -> ExitCode:
         say(_usage())
         return ExitCode.DONE
     if name not in _COMMANDS:
-        raise BadInput(f"there is no command {name!r}; the commands are {', '.join(_COMMANDS)}")
+        close = difflib.get_close_matches(name, _COMMANDS, n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        raise BadInput(f"there is no command {name!r}{hint}; the commands are {', '.join(_COMMANDS)}")
     return _COMMANDS[name][1](arguments[1:])
 
 
@@ -93,6 +96,8 @@ def _submit(command: str, argv: list[str]) -> ExitCode:
     setting = Setting.of(resources, site)
     job = locate(command, words.rest, parts=resources.parts)
     name = name_of(job, words.rest)
+    if command == "train":
+        warn_of_data([words.rest])
     if words.dry_run:
         sys.stdout.write(script(job.path, job.code, name, setting))
         return ExitCode.DONE

@@ -12,7 +12,7 @@ import jsonargparse
 
 from agrivision.console import say
 from agrivision.errors import BadInput, ExitCode
-from launch import slurm
+from launch import poll, slurm
 from launch.find import Found, find, is_done, tasks
 from launch.freeze import freeze_code
 from launch.jobdir import JobDirectory, JobSpec
@@ -37,6 +37,7 @@ def cancel(argv: list[str]) -> ExitCode:
         jobs = _alive(one, known)
         if jobs:
             slurm.cancel([job.id for job in jobs])
+            poll.forget()
         for job in jobs:
             say(f"{one.path}: cancelled job {job.id}, which was {job.state}")
         if not jobs:

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def poll(
         answer = Answer({}, None, str(error))
     _write(file, now, answer)
     return answer
+
+
+def forget(environment: Mapping[str, str] = os.environ) -> None:
+    """Drop what Slurm said: a job was changed since, and whoever looks next wants to see that.
+
+    Args:
+        environment: says where caches are, and which cluster is meant.
+    """
+    file = _file(environment)
+    _WITHOUT_FILE.pop(file, None)
+    with suppress(OSError):  # where it cannot be written, it is old half a minute later
+        file.unlink(missing_ok=True)
 
 
 def _file(environment: Mapping[str, str]) -> Path:

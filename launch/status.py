@@ -52,7 +52,8 @@ _MEANINGS = {
     "PartitionInactive": "the partition takes no jobs now",
     "NodeDown": "a node that it needs is down",
     "ReqNodeNotAvail": "a node that it needs is not available, or reserved",
-    "BadConstraints": "no nodes are as it asks for",
+    "PartitionConfig": "no node of the partition has what it asks for: it cannot start",
+    "BadConstraints": "no nodes have all that it asks for: it cannot start",
     "Reservation": "waiting for its reservation",
     "Licenses": "waiting for a licence",
     "Cleaning": "its last attempt is being cleaned up",
@@ -75,7 +76,8 @@ class Row:
         command: of agrivision; empty for a run that was never launched.
         job: Slurm's id of the latest job.
         state: Slurm's word, in small letters, while Slurm knows the job; else what its files say: done,
-            given up, cancelled, lost, ended, not submitted, not launched.
+            given up, cancelled, lost, ended, not submitted, not launched. A run without a job is done
+            when it has done all of its steps.
         step: optimiser steps done.
         total_steps: of the whole run.
         epoch: that the step is in, 1 for the first.
@@ -192,9 +194,9 @@ def row_of(found: Found, queued: Mapping[str, QueuedJob]) -> Row:
     """
     path = _shown(found.path)
     if found.job is None:
-        return Row(
-            path=path, state="not launched", **_progress(found.path, RunDirectory(found.path).config)
-        )
+        far = _progress(found.path, RunDirectory(found.path).config)
+        whole = far["total_steps"] is not None and far["step"] >= far["total_steps"]
+        return Row(path=path, state="done" if whole else "not launched", **far)
     spec, latest = found.job.spec(), _latest(found.job)
     of_run = _progress(Path(spec.run_dir), found.job.config) if spec.run_dir else {}
     known = [known_of(job, queued) for job, _ in latest]

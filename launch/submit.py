@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from agrivision import cli
 from agrivision.config import Config, flatten
-from agrivision.errors import BadInput
+from agrivision.data.schema import FILE_NAME
+from agrivision.errors import BadInput, one_line
 from agrivision.options import parse_train
 from agrivision.storage import make_private
 from launch import batch, slurm
@@ -167,6 +168,24 @@ def _check_inputs(command: str, options: jsonargparse.Namespace) -> None:
     for what, path in named[command]:
         if path is not None and not Path(path).exists():
             raise BadInput(f"{command}: there is no {what} {path}")
+
+
+def warn_of_data(calls: Iterable[Sequence[str]]) -> None:
+    """Say on stderr which data sets of runs cannot be seen from here; their nodes may see them.
+
+    Args:
+        calls: the arguments of `agrivision train`, for each run.
+    """
+    for path in dict.fromkeys(parse_train(arguments).config.data.path for arguments in calls):
+        if not path:
+            problem = "no --data.path is given: the job will fail"
+        elif not os.access(Path(path) / FILE_NAME, os.R_OK):
+            problem = (
+                f"{path} has no {FILE_NAME}, seen from here: the job will fail unless its nodes see it"
+            )
+        else:
+            continue
+        sys.stderr.write(f"{one_line(f'launch: warning: {problem}')}\n")
 
 
 def check_path(path: Path) -> None:

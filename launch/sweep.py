@@ -41,6 +41,7 @@ from launch.submit import (
     script,
     specify,
     submit_array,
+    warn_of_data,
 )
 
 _USAGE = """\
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> ExitCode:
     calls = [_arguments(out, element, fixed) for element in elements]
     for call in calls:
         locate("train", call)
+    warn_of_data(calls)
     folder = JobDirectory.of_run(out)
     if words.dry_run:
         array = f"0-{len(calls) - 1}%{parallel}"

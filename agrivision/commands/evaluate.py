@@ -26,7 +26,7 @@ def _parser() -> Parser:
 def _run(argv: list[str]) -> ExitCode:
     args = _parser().parse_args(argv)
     stop = StopRequest().listen()
-    from agrivision.console import print_scores, write_json
+    from agrivision.console import print_scores, say, write_json
     from agrivision.inference.scoring import evaluate_run
 
     found = evaluate_run(
@@ -40,6 +40,7 @@ def _run(argv: list[str]) -> ExitCode:
     )
     if found is not None:  # rank 0
         print_scores(found)
+        say(f"of {found['checkpoint']}, trained for {found['step']} steps, on {args.split}")
         if args.json:
             write_json(Path(args.json), found)
     return ExitCode.DONE

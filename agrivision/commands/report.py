@@ -53,6 +53,4 @@ def _run(argv: list[str]) -> ExitCode:
     return ExitCode.DONE
 
 
-_MOST_TILES = 20
-
 COMMAND = Command(summary=_SUMMARY, parser=_parser, run=_run)

@@ -203,28 +203,27 @@ def _examples(
 ) -> Iterator[tuple[int, tuple[Example, ...]]]:
     """Of each class the tile that has most of it, and the one in the middle of those that have any."""
     labelled = [reader for reader in readers if reader.split.labelled]
-    counts = [_counts(reader) for reader in labelled]
+    counts = np.concatenate([_counts(reader) for reader in labelled] or [np.zeros((0, classes))])
+    starts = np.cumsum([0, *map(len, labelled)])
     for class_id in range(classes):
-        of_class = [
-            (int(pixels[tile, class_id]), -number, -int(tile))
-            for number, pixels in enumerate(counts)
-            for tile in np.flatnonzero(pixels[:, class_id])
-        ]
+        column = counts[:, class_id]
+        ranked = np.argsort(-column.astype(np.int64), kind="stable")[: np.count_nonzero(column)]
         found = []
-        for place in _places(sorted(of_class, reverse=True)):
-            _, number, tile = place
+        for place in _places(len(ranked)):
+            number = int(np.searchsorted(starts, ranked[place], side="right")) - 1
             try:
-                found.append(_example(labelled[-number], -tile, class_id))
+                tile = int(ranked[place] - starts[number])
+                found.append(_example(labelled[number], tile, class_id))
             except DatasetError:
                 continue  # `inspect` names it
         if found:
             yield class_id, tuple(found)
 
 
-def _places(ranked: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The first and those that follow in even steps, the last of which is in the middle."""
-    steps = np.linspace(0, len(ranked) // 2, EXAMPLES).round().astype(int).tolist()
-    return [ranked[step] for step in dict.fromkeys(steps) if step < len(ranked)]
+def _places(count: int) -> list[int]:
+    """The first of so many and those that follow in even steps, the last of which is in the middle."""
+    steps = np.linspace(0, count // 2, EXAMPLES).round().astype(int).tolist()
+    return [step for step in dict.fromkeys(steps) if step < count]
 
 
 def _counts(reader: SplitReader) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -323,7 +324,7 @@ def limits(settings: Mapping[str, str], call: Call) -> Iterator[Finding]:
     columns = ("Account", "Partition", "QOS", "MaxJobs", "MaxSubmit", "MaxWall", "GrpTRES", "MaxTRES")
     command = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", "where"]
     try:
-        answer = call([*command, f"user={os.getuid()}", f"format={','.join(columns)}"])
+        answer = call([*command, f"user={_own_name()}", f"format={','.join(columns)}"])
     except SlurmError as error:
         yield _SLURM.careful(
             f"accounting does not answer: {error}", "limits of your account are not known"
@@ -340,6 +341,15 @@ def limits(settings: Mapping[str, str], call: Call) -> Iterator[Finding]:
             )
         else:
             yield _SLURM.good(f"your account: {said}")
+
+
+def _own_name() -> str:
+    """The user as accounting knows them: sacctmgr compares names, and a number is none of them."""
+    uid = os.getuid()
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # as in a container that has no list of users
+        return str(uid)
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> str:

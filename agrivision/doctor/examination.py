@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agrivision.doctor.cluster import Wanted, examine_slurm, missing
-from agrivision.doctor.disks import examine_data, examine_run_folder
+from agrivision.doctor.data_folder import examine_data
 from agrivision.doctor.exchange import examine_exchange
 from agrivision.doctor.finding import Finding
 from agrivision.doctor.gpus import examine_gpus, read_driver, read_links, read_torch
 from agrivision.doctor.machine import examine_node, read_node
 from agrivision.doctor.node import examine_on_node
 from agrivision.doctor.pace import pace_of
+from agrivision.doctor.run_folder import examine_run_folder
 from agrivision.doctor.software import examine_software
 
 

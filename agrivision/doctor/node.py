@@ -67,12 +67,15 @@ def examine_on_node(
             return
         paths = [*own, *([data.absolute()] if data is not None else [])]
         command = [python, "-m", "agrivision.doctor.node", token, *map(str, paths)]
+        begin = time.time()
         code, output = _srun(wanted, command, token, wait_seconds)
+        end = time.time()
         seen = _told(output)
         if seen is None:
             yield _failed(code, output, python, wait_seconds)
             return
-        yield from judge(seen, dict(zip(map(str, own), folders, strict=True)), data)
+        runs = dict(zip(map(str, own), folders, strict=True))
+        yield from judge(seen, runs, data, begin=begin, end=end)
         for folder, named in zip(own, folders, strict=True):
             if str(folder) in seen["folders"] and seen["folders"][str(folder)] == "":
                 yield _comes_back(folder / f"{token}.node", named)
@@ -151,15 +154,24 @@ def _failed(code: int, output: str, python: str, wait_seconds: int) -> Finding:
     return _NODE.bad(f"the job ended with {code}: {said}", "try `srun` with the same options by hand")
 
 
-def judge(seen: Mapping[str, Any], runs: Mapping[str, Path], data: Path | None) -> Iterator[Finding]:
+def judge(
+    seen: Mapping[str, Any],
+    runs: Mapping[str, Path],
+    data: Path | None,
+    *,
+    begin: float,
+    end: float,
+) -> Iterator[Finding]:
     """What to make of what the job saw.
 
     Args:
         seen: see `look`.
         runs: the folders that were made for it, and those that the user named.
         data: that it should have seen.
+        begin: when it was asked for, by this machine's clock.
+        end: when it was over: a wait for a node lies before its look, an epilog after it.
     """
-    skew = abs(seen["time"] - time.time())
+    skew = max(begin - seen["time"], seen["time"] - end)
     yield _NODE.good(f"{seen['host']}: Python {seen['python']}, agrivision {seen['agrivision']}")
     if seen["torch_error"]:
         yield _NODE.bad(
@@ -172,7 +184,7 @@ def judge(seen: Mapping[str, Any], runs: Mapping[str, Path], data: Path | None) 
         yield _NODE.graded(-seen["torch_seconds"], -_SLOW_IMPORT, -_RUN_SECONDS, what, slow)
     if skew > _SKEW:
         yield _NODE.careful(
-            f"{seen['host']}: its clock is {skew:.0f} s off this one",
+            f"{seen['host']}: its clock is at least {skew:.0f} s off this one",
             "tell the admin (NTP): logs mislead",
         )
     for path, error in seen["folders"].items():

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import yaml
 
-from agrivision.doctor.disks import CHECKPOINT
+from agrivision.doctor.run_folder import CHECKPOINT
 from agrivision.json_values import entries, number, parse
 from agrivision.rundir import RunDirectory
 
@@ -18,6 +19,7 @@ _WRITTEN = 50e6  # bytes a second where it was not measured
 _MARGIN = 1.5  # as the training itself takes: the next one may be slower than any before
 _SAVED = re.compile(r"step \d+ saved in (\d+\.\d+) s")
 _MOST_LOG = 4 << 20  # bytes of its end
+_MOST_LINE = 1 << 20  # bytes of a row; what is longer is no row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Pace:
     """What stands between a signal and a saved run.
 
     Attributes:
-        step: seconds of the slowest step.
+        step: seconds of a step, the median of the run's rows.
         save: seconds of the slowest save.
         known: whether a run has shown them; else they are guessed.
     """
@@ -57,14 +59,53 @@ def pace_of(run_dir: Path | None, written: float | None) -> Pace:
 
 
 def _of_run(run: RunDirectory) -> Pace | None:
-    saves = list(_saves(run.log / "rank-0.log"))
-    steps = list(_steps(run))
+    try:
+        batch = number(entries(entries(yaml.safe_load(run.config.read_bytes()))["data"])["batch_size"])
+        steps, saves = _rows(run.metrics, batch)
+    except (OSError, ValueError, KeyError, yaml.YAMLError):
+        return None
+    saves = saves or list(_logged_saves(run.log / "rank-0.log"))
     if not saves or not steps:
         return None
-    return Pace(step=max(steps), save=max(saves), known=True)
+    return Pace(step=median(steps), save=max(saves), known=True)
 
 
-def _saves(log: Path) -> Iterator[float]:
+def _rows(metrics: Path, batch: float) -> tuple[list[float], list[float]]:
+    """Seconds of a step by each row on training, and of each save; a torn row is passed over.
+
+    A rate counts all that was done since the row before: a row that has an evaluation in it is left
+    out, unless all of them have.
+
+    Args:
+        metrics: rows, line by line.
+        batch: images of a step.
+
+    Raises:
+        OSError: there are none, or they cannot be read.
+    """
+    steps: list[float] = []
+    mixed: list[float] = []
+    saves: list[float] = []
+    evaluated = False
+    with metrics.open("rb") as file:
+        while line := file.readline(_MOST_LINE):
+            try:
+                row = entries(parse(line))
+                if row["kind"] == "evaluation":
+                    evaluated = True
+                elif row["kind"] == "checkpoint":
+                    saves.append(number(row["seconds"]))
+                elif row["kind"] == "training":
+                    seconds = batch / number(row["images_per_second"])
+                    (mixed if evaluated else steps).append(seconds)
+                    evaluated = False
+            except (ValueError, KeyError, ZeroDivisionError):
+                continue
+    return steps or mixed, saves
+
+
+def _logged_saves(log: Path) -> Iterator[float]:
+    """Seconds of each save, by the log of a run whose rows do not tell of saves."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _MOST_LOG))
@@ -72,19 +113,3 @@ def _saves(log: Path) -> Iterator[float]:
     except OSError:
         return
     yield from map(float, _SAVED.findall(text))
-
-
-def _steps(run: RunDirectory) -> Iterator[float]:
-    """Seconds of a step, by the rows of metrics.jsonl; a torn row is passed over."""
-    try:
-        batch = number(entries(entries(yaml.safe_load(run.config.read_bytes()))["data"])["batch_size"])
-        lines = run.metrics.read_bytes().splitlines()
-    except (OSError, ValueError, KeyError, yaml.YAMLError):
-        return
-    for line in lines:
-        try:
-            row = entries(parse(line))
-            if row["kind"] == "training":
-                yield batch / number(row["images_per_second"])
-        except (ValueError, KeyError, ZeroDivisionError):
-            continue

@@ -20,7 +20,8 @@ from agrivision.doctor.finding import Finding, Topic
 
 _PYTHON = Topic("Python")
 _OURS = "agrivision"
-_MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # where it is not the package's own name
+# Where it is not the package's own name.
+_MODULES = {"nvidia-ml-py": "pynvml", "pillow": "PIL", "pyyaml": "yaml"}
 _SECONDS = 300.0  # torch comes off a shared file system for the first time
 _SLOW_SECONDS = 60.0
 _MARK = "importing: "

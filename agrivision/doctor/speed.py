@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from agrivision.monitor.appended import write_all
 from agrivision.storage import write_atomically
 
 _BLOCK = 16 << 20
@@ -22,6 +23,8 @@ _SECONDS = 3.0
 _SHARE = 10  # of what is free, no more than a tenth is written
 _SMALL = 4096
 _MOST_SMALL, _MOST_SAFE = 256, 20
+_PIECE = 1 << 20
+_MOST_OF_FILE = 8 << 20  # a scene may have gigabytes
 _READERS = 4  # as many as stage a data set; a loader has two or more for each rank
 
 
@@ -62,7 +65,7 @@ def write_rate(folder: Path, free: int, *, most: int = _MOST_BYTES, seconds: flo
     with _nameless(folder) as file:
         begin = time.perf_counter()
         while done + len(block) <= most and time.perf_counter() - begin < seconds:
-            _write_all(file, block)
+            write_all(file, block)
             os.fsync(file)
             done += len(block)
         return Rate(done, time.perf_counter() - begin)
@@ -84,12 +87,6 @@ def _nameless(folder: Path) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
-
-
-def _write_all(file: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(file, view) :]
 
 
 def small_files(folder: Path, *, most: int = _MOST_SMALL, seconds: float = _SECONDS) -> Rate:
@@ -168,7 +165,7 @@ def sequential_rate(
 
 def reading_rate(
     items: Sequence[int],
-    read: Callable[[int], int],
+    read: Callable[[int, float], int],
     *,
     seconds: float = _SECONDS,
     readers: int = _READERS,
@@ -177,7 +174,8 @@ def reading_rate(
 
     Args:
         items: to read, in this order.
-        read: reads one and returns its bytes.
+        read: reads one, or what can be read of it until a time (of `perf_counter`), and returns its
+            bytes.
         seconds: after which no more is begun.
         readers: threads.
 
@@ -185,19 +183,44 @@ def reading_rate(
         The rate in bytes, and the number of items.
     """
     begin = time.perf_counter()
+    end = begin + seconds
     waiting = iter(items)
 
     def work(_: int) -> list[int]:
         sizes: list[int] = []
         for item in waiting:  # one iterator for all: each item goes to one of them
-            if time.perf_counter() - begin > seconds:
+            if time.perf_counter() > end:
                 break
-            sizes.append(read(item))
+            sizes.append(read(item, end))
         return sizes
 
     with ThreadPoolExecutor(readers) as pool:
         sizes = [size for part in pool.map(work, range(readers)) for size in part]
     return Rate(sum(sizes), time.perf_counter() - begin), len(sizes)
+
+
+def read_beginning(path: Path, end: float, *, most: int = _MOST_OF_FILE) -> int:
+    """Read a file piece by piece: the whole of a small one, the beginning of a large one.
+
+    Args:
+        path: of the file.
+        end: no piece is begun after that, seconds of `perf_counter`.
+        most: bytes.
+
+    Returns:
+        Bytes that were read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        while done < most and time.perf_counter() < end:
+            content = file.read(min(_PIECE, most - done))
+            if not content:
+                break
+            done += len(content)
+    return done
 
 
 def forget(path: Path) -> None:

@@ -61,8 +61,8 @@ def confusion_matrices(predicted: Tensor, labels: Tensor, classes: int) -> Tenso
     # All pixels of a tile with the same prediction and the same label set do the same to its matrix.
     pairs = (predicted.long() << classes) + sets
     together = max(1, _MOST_COUNTS // (classes << classes))
-    counts = torch.cat([_count(part, classes) for part in pairs.split(together)])
-    return _spread(counts.cpu(), classes).to(predicted.device)
+    parts = [_spread(_count(part, classes).cpu(), classes) for part in pairs.split(together)]
+    return torch.cat(parts).to(predicted.device)
 
 
 def _count(pairs: Tensor, classes: int) -> Tensor:

@@ -80,6 +80,7 @@ class PredictSummary:
     Attributes:
         out: the folder.
         tiles: number of class-id PNGs.
+        all_tiles: those of other parts among them.
         maps: GeoTIFFs of the scenes.
         missing: tiles of other parts without which there is no submission yet.
         unfinished: scenes whose maps lack blocks of other parts yet.
@@ -87,6 +88,7 @@ class PredictSummary:
 
     out: Path
     tiles: int
+    all_tiles: int
     maps: tuple[Path, ...]
     missing: int = 0
     unfinished: tuple[Path, ...] = ()
@@ -103,8 +105,9 @@ class PredictSummary:
                 f"{self.tiles} tiles in {self.out / LABELS}; {self.missing} of other parts are still"
                 " missing"
             )
-        elif self.tiles:
-            lines.append(f"{self.tiles} tiles in {self.out / SUBMISSION}, with {self.out / PRESENCE}")
+        elif self.all_tiles:
+            where = f"{self.out / SUBMISSION}, with {self.out / PRESENCE}"
+            lines.append(f"{self.all_tiles} tiles in {where}")
         return lines
 
 
@@ -197,7 +200,12 @@ def predict(
     if len(done) == len(works) > 1:
         make_index(works, out)
     return PredictSummary(
-        out=out, tiles=tiles, maps=tuple(done), missing=missing, unfinished=tuple(unfinished)
+        out=out,
+        tiles=tiles,
+        all_tiles=sum(len(each.keys) for each in found.tiles),
+        maps=tuple(done),
+        missing=missing,
+        unfinished=tuple(unfinished),
     )
 
 

@@ -18,7 +18,7 @@ from agrivision.config import ModelConfig
 from agrivision.data.augment import Normaliser
 from agrivision.data.schema import Schema
 from agrivision.errors import AgrivisionError, BadInput, CheckpointError
-from agrivision.json_values import entries, parse, share
+from agrivision.json_values import entries, share
 from agrivision.model.build import build_model
 from agrivision.model.padding import dense_logits
 from agrivision.model.precision import Precision, autocast
@@ -141,17 +141,12 @@ class TrainedModel:
         if not self.folder.is_dir():
             return None
         try:
-            lines = RunDirectory(self.folder.parent.parent).metrics.read_bytes().splitlines()
-        except OSError:
-            return None
-        for line in lines:
-            try:
-                row = entries(parse(line))
-                if row["kind"] == "evaluation" and row["step"] == self.step:
+            for row in RunDirectory(self.folder.parent.parent).rows("evaluation"):
+                if row.get("step") == self.step:
                     found = {"mIoU": row["miou"], **entries(row["iou"])}
                     return {name: None if v is None else share(v) for name, v in found.items()}
-            except (ValueError, KeyError):
-                continue
+        except (OSError, ValueError, KeyError):
+            return None
         return None
 
     @property

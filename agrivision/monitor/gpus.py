@@ -18,8 +18,8 @@ import torch
 
 from agrivision.distributed import Ranks
 
-MOST_GPUS = 64  # of a run that are told of
 _PATIENCE = 0.02  # seconds that a step may wait for the driver
+_FIRST_PATIENCE = 5.0  # the driver is found, and its library imported
 _NAMES = ("utilisation", "memory_gib", "power_watts", "energy_joules")
 
 
@@ -56,13 +56,13 @@ class Gpus:
         self._ranks, self._read, self._patience = ranks, read, patience
         self._thread: threading.Thread | None = None
         self._latest = Reading()
-        self._energy = self._ask().energy_joules
+        self._energy = self._ask(_FIRST_PATIENCE).energy_joules
 
     def take(self) -> list[dict[str, float]]:
         """What each rank's GPU does, in their order; to be called by all ranks, or by none.
 
         Returns:
-            For each of the first 64 ranks what its driver tells: `utilisation`, `memory_gib`,
+            For each rank what its driver tells: `utilisation`, `memory_gib`,
             `power_watts`, and `energy_joules` since the last call that knew. Empty without GPUs.
 
         Raises:
@@ -70,7 +70,7 @@ class Gpus:
         """
         if self._read is None:
             return []
-        mine = self._ask()
+        mine = self._ask(self._patience)
         spent = mine.energy_joules - self._energy
         if not math.isnan(mine.energy_joules):
             self._energy = mine.energy_joules
@@ -83,17 +83,21 @@ class Gpus:
                 for name, value in zip(_NAMES, row, strict=True)
                 if math.isfinite(value)
             }
-            for row in self._ranks.sum(table)[:MOST_GPUS].tolist()
+            for row in self._ranks.sum(table).tolist()
         ]
 
-    def _ask(self) -> Reading:
-        """A new reading; one that knows nothing where the driver takes its time."""
-        if self._read is None or (self._thread is not None and self._thread.is_alive()):
+    def _ask(self, patience: float) -> Reading:
+        """A reading, or one that came late; an empty one where the driver takes its time."""
+        if self._read is None:
             return Reading()
-        self._latest = Reading()
-        self._thread = threading.Thread(target=self._run, args=[self._read], daemon=True, name="gpu")
-        self._thread.start()
-        self._thread.join(self._patience)
+        if self._thread is None:
+            run = self._run
+            self._thread = threading.Thread(target=run, args=[self._read], daemon=True, name="gpu")
+            self._thread.start()
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            return Reading()
+        self._thread = None
         return self._latest
 
     def _run(self, read: Read) -> None:

@@ -195,7 +195,7 @@ def panel(
         wrong = nothing if labels is None else wrong_picture(labels, predicted, len(classes), valid)
         panes["where wrong: the class predicted"] = wrong
         panes["confidence: dark 0, bright 1"] = confidence_picture(confidence, valid)
-    pictures = [enlarge(_thin(pane)) for pane in panes.values()]
+    pictures = [enlarge(thin(pane)) for pane in panes.values()]
     return sheet(pictures, list(panes), classes, columns=columns, title=title)
 
 
@@ -279,7 +279,7 @@ def _upright(words: str, height: int) -> Image.Image:
     return line.transpose(Image.Transpose.ROTATE_90)
 
 
-def _thin(picture: Picture) -> Picture:
+def thin(picture: Picture) -> Picture:
     """Every so many pixels of a large picture."""
     step = -(-max(picture.shape[:2]) // _LARGEST_PANE)
     return picture[::step, ::step]

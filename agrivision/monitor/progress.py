@@ -90,7 +90,8 @@ class Progress:
         if self._bar is not None:
             self._draw()
             self._bar.stop()
-        self._line(ended=True)
+        if error is None or self._done > self._first:
+            self._line(ended=True)
 
     @property
     def done(self) -> int:

@@ -269,13 +269,14 @@ def _of_log(path: Path, known: Sequence[Attempt]) -> list[_Ending]:
         while line := file.readline(_MOST_LINE):
             if not _STAMP.match(line):
                 continue
-            if b" agrivision.training." in line:
-                if _BEGUN.search(line):
-                    found.append((line[:19], line[:19], _Ending()))
-                elif found:
-                    found[-1] = (*found[-1][:2], _together(_said(line), found[-1][2]))
-            if found:
-                found[-1] = (found[-1][0], line[:19], found[-1][2])
+            if b" agrivision.training." in line and _BEGUN.search(line):
+                found.append((line[:19], line[:19], _Ending()))
+            # What follows "done" is of a command that was refused: that does not undo it.
+            if found and found[-1][2].state != FINISHED:
+                known_so_far = found[-1][2]
+                if b" agrivision.training." in line:
+                    known_so_far = _together(_said(line), known_so_far)
+                found[-1] = (found[-1][0], line[:19], known_so_far)
     if len(found) != len(known):
         return [_Ending()] * len(known)
     return [

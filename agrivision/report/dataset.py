@@ -15,7 +15,7 @@ from agrivision.charts import SERIES, Chart, heat_map, histogram, outlines
 from agrivision.data.glance import Example, Footprint, Glance
 from agrivision.data.inspect import Inspection
 from agrivision.data.schema import Schema
-from agrivision.monitor.pictures import PALETTE, composite, enlarge, sheet, truth_picture
+from agrivision.monitor.pictures import PALETTE, composite, enlarge, sheet, thin, truth_picture
 from agrivision.pages import (
     DASH,
     Color,
@@ -276,6 +276,6 @@ def _sample(schema: Schema, example: Example, name: str) -> str:
     panes = [composite(example.image, schema.bands, kind) for kind in ("rgb", "nir")]
     panes.append(truth_picture(example.labels, len(schema.classes)))
     captions = ["RGB", "NIR-R-G", "labels"]
-    picture = Image.fromarray(sheet([enlarge(pane) for pane in panes], captions, schema.classes))
+    picture = Image.fromarray(sheet([enlarge(thin(pane)) for pane in panes], captions, schema.classes))
     words = f"{example.split}: {example.key}, {100 * example.share:.3g} % {name}"
     return figure(scrolled(photograph(picture, f"Tile {words}"), example.key), escaped(words))

@@ -96,6 +96,17 @@ def plain(name: str) -> str:
     return _NOT_PLAIN.sub("-", name)[:60]
 
 
+def file_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name as a part of a file's name, with a number where another is alike."""
+    found: dict[str, str] = {}
+    for name in names:
+        base, number = plain(name), 1
+        while (made := base if number == 1 else f"{base}-{number}") in found.values():
+            number += 1
+        found[name] = made
+    return found
+
+
 def _loss(history: History) -> Chart | None:
     rows, evaluations = history.metrics.training, history.metrics.evaluations
     lines = []

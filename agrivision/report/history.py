@@ -96,12 +96,18 @@ class History:
     @cached_property
     def images_per_second(self) -> float | None:
         """Over all rows, with what evaluations and checkpoints took."""
-        rates = self.metrics.training["images_per_second"]
-        steps = np.diff(self.metrics.training["step"], prepend=0.0)
-        good = np.isfinite(rates) & (rates > 0) & (steps > 0)
+        return self.over_time("images_per_second")
+
+    def over_time(self, name: str) -> float | None:
+        """The mean of a column over time, each row with the seconds that its steps took."""
+        training = self.metrics.training
+        rates, values = training["images_per_second"], training[name]
+        steps = np.diff(training["step"], prepend=0.0)
+        good = np.isfinite(rates) & np.isfinite(values) & (rates > 0) & (steps > 0)
         if not good.any():
             return None
-        return float(steps[good].sum() / (steps[good] / rates[good]).sum())
+        seconds = steps[good] / rates[good]
+        return float((values[good] * seconds).sum() / seconds.sum())
 
     @cached_property
     def hours(self) -> Numbers:

@@ -191,7 +191,8 @@ def _scores(history: History, level: int) -> str:
         parts.append(_score_table(history, best))
         parts.append(_heading(level, f"At the last evaluation, step {last.step:,}"))
     else:
-        parts.append(_heading(level, f"At the last evaluation, step {last.step:,}, which is the best"))
+        which = ", which is the best" if best is not None else ""
+        parts.append(_heading(level, f"At the last evaluation, step {last.step:,}{which}"))
     parts.append(_score_table(history, last))
     if not last.precision:
         parts.append(
@@ -359,11 +360,10 @@ def _costs(history: History) -> list[tuple[str, str]]:
         most = float(np.nanmax(metrics.training["memory_gib"]))
         of = "GPU" if on_gpu else "process"
         entries.append((f"Most memory of rank 0's {of}", f"{most:.3g} GiB"))
-    if metrics.has("waiting_share"):
-        waiting = float(np.nanmean(metrics.training["waiting_share"]))
+    waiting, rate = (history.over_time(name) for name in ("waiting_share", "megapixels_per_second"))
+    if waiting is not None:
         entries.append(("Time waiting for data", percent(waiting)))
-    if metrics.has("megapixels_per_second"):
-        rate = float(np.nanmean(metrics.training["megapixels_per_second"]))
+    if rate is not None:
         entries.append(("Megapixels per second", rate_words(rate)))
     seconds = [one.seconds for one in metrics.evaluations if one.seconds is not None]
     if seconds:

@@ -39,7 +39,7 @@ _COLUMNS = (
     "power_watts",
     "energy_joules",
 )
-_OF_GPUS = {"utilisation": False, "power_watts": True, "energy_joules": True}  # whether added up
+_OF_GPUS = ("utilisation", "power_watts", "energy_joules")  # in the row's `gpu`, of all together
 _MOST_LINE = 16 << 20  # bytes; a longer one is no row
 _MOST_CLASSES = 16
 
@@ -214,10 +214,8 @@ def _rows(path: Path) -> Iterator[Any]:
 def _add(columns: Mapping[str, array[float]], row: Mapping[str, Any]) -> None:
     values = {name: _optional(row, name) for name in _COLUMNS if name not in _OF_GPUS}
     values["step"] = whole(row["step"])
-    gpus = [entries(gpu) for gpu in items(_or(row.get("gpus"), []))]
-    for name, added in _OF_GPUS.items():
-        known = [value for gpu in gpus if np.isfinite(value := _optional(gpu, name))]
-        values[name] = (sum(known) if added else sum(known) / len(known)) if known else float("nan")
+    gpu = entries(_or(row.get("gpu"), {}))
+    values |= {name: _optional(gpu, name) for name in _OF_GPUS}
     for name, value in values.items():
         columns[name].append(value)
 

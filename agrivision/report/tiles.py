@@ -76,11 +76,7 @@ def draw_tiles(history: History, count: int) -> Tiles:
         return _none(
             f"The checkpoint that is left, of step {trained.step}, was not scored tile by tile."
         )
-    named = _named(evaluation, count)
-    try:
-        return _draw(history.data, history.values, trained, named)
-    except AgrivisionError as error:
-        return _none(f"They cannot be drawn: {error}.")
+    return _draw(history.data, history.values, trained, _named(evaluation, count))
 
 
 def _none(why: str) -> Tiles:
@@ -103,10 +99,16 @@ def _draw(
     trained: TrainedModel,
     named: Mapping[tuple[bool, str], list[tuple[str, float]]],
 ) -> Tiles:
+    schema, about = data.schema, trained.description
+    if (schema.bands, schema.classes) != (about.bands, about.classes):
+        return _none("The data set that is there now has other bands or classes than the checkpoint.")
     split = str(values.get("data.val_split", "val"))
     precision: Precision = "bf16" if values.get("training.precision") == "bf16" else "fp32"
-    reader = SplitReader(data.folder, data.schema, split)
-    places = _places(reader, {key for _, key in named})
+    try:
+        reader = SplitReader(data.folder, schema, split)
+        places = _places(reader, {key for _, key in named})
+    except AgrivisionError as error:
+        return _none(f"They cannot be drawn: {error}.")
     pictures: dict[str, Picture] = {}
     for key, tile in places.items():
         try:

@@ -26,13 +26,12 @@ def span_words(seconds: float | None) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    minutes, hours, days = round(seconds / 60), whole // 3600, whole // 86400
-    if minutes < 60:
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     if minutes < 24 * 60:
-        hours = minutes // 60
-        return f"{hours} h {minutes % 60} min"
-    return f"{days} d {round((seconds - 86400 * days) / 3600)} h"
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def hours_words(seconds: float | None) -> str:

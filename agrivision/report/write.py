@@ -55,8 +55,9 @@ def _write_charts(folder: Path, histories: Sequence[History]) -> None:
     except OSError as error:
         raise storage_error(folder, error) from error
     names = display_names([history.run.path for history in histories])
+    prefixes = figures.file_names(names)
     for history, name in zip(histories, names, strict=True):
-        prefix = f"{figures.plain(name)}-" if len(histories) > 1 else ""
+        prefix = f"{prefixes[name]}-" if len(histories) > 1 else ""
         for chart in _charts_of(history):
             write_atomically(folder / f"{prefix}{chart.name}.svg", chart.svg(outlines=True))
     if len(histories) > 1:

@@ -31,6 +31,15 @@ _NO_HYPERPARAMETERS = (
     "training.stall_minutes",
     "training.save_patience_",
 )
+# What runs are compared by at first sight. TensorBoard takes the list of any one run, so all have the
+# same.
+_FIRST = {
+    "data.batch_size",
+    "model.base_channels",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "training.epochs",
+}
 _STAMP = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -75,15 +84,13 @@ class About:
             for key, value in flatten(self.config.to_dict()).items()
             if not key.startswith(_NO_HYPERPARAMETERS)
         }
-        usual = flatten(Config().to_dict())
-        changed = {key for key, value in values.items() if value != usual[key]}
         by_class = {f"iou/{name}": f"IoU {name}" for name in self.schema.classes}
         config = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         found = [
             summaries.text("config", f"```yaml\n{config}```"),
             summaries.text("data_set", self._data_set()),
             summaries.layout(_CHARTS),
-            summaries.experiment(values, {"score/miou": "mIoU"} | by_class, changed),
+            summaries.experiment(values, {"score/miou": "mIoU"} | by_class, _FIRST),
             summaries.session_start(values, self._name, self._began()),
         ]
         return {summary.value[0].tag: summary for summary in found} | {summaries.SESSION_END: None}

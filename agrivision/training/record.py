@@ -132,7 +132,7 @@ class Record:
             return
         values = dict(values) | self._rates.take(waited)
         row = {"kind": "training", "step": step, "epoch": epoch, **values}
-        self._append(row | {"gpus": gpus} if any(gpus) else row)
+        self._append(row | {"gpu": _together(gpus)} if any(gpus) else row)
         if self._board is not None:
             points = {_TAGS.get(name, name): value for name, value in values.items()}
             self._board.scalars(step, points | dict(_gpu_tags(gpus)) | {_ATTEMPT: self._attempt})
@@ -250,6 +250,7 @@ _LEFT_OUT = "data/left_out"
 _CONFUSION = "score/confusion"
 _EVALUATION_SECONDS = "speed/evaluation_seconds"
 _SCORES = ("score/", "validation/", "iou/", "precision/", "recall/", "pr/", "tiles/", "worst/")
+_ADDED = ("power_watts", "energy_joules")  # over GPUs; of the others the mean counts
 _MOST_GPUS = 16  # that have curves of their own
 
 
@@ -295,6 +296,19 @@ def _gpu_tags(gpus: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float]
         if 1 < len(gpus) <= _MOST_GPUS:
             for rank, value in told.items():
                 yield f"gpu/{name}/rank_{rank}", value
+
+
+def _together(gpus: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What all GPUs do: a row is as long whatever their number.
+
+    Returns:
+        Means of utilisation and memory, sums of power and energy, over those that tell.
+    """
+    found = {}
+    for name in dict.fromkeys(name for gpu in gpus for name in gpu):
+        told = [gpu[name] for gpu in gpus if name in gpu]
+        found[name] = sum(told) / (1 if name in _ADDED else len(told))
+    return found
 
 
 def _three(value: float | None) -> str:

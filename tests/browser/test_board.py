@@ -44,8 +44,8 @@ TABS = {
     "scalars": "loss",
     "custom_scalars": "IoU",
     "images": "tiles",
-    "hparams": "Session|interrupted",
-    "pr_curves": "interrupted",
+    "hparams": "optimizer.lr",
+    "pr_curves": "pr/background",
     "text": "seed|torch",
 }
 
@@ -62,5 +62,7 @@ def test_a_tab_shows_what_it_should(tab: str, address: str, browser: Any) -> Non
         look.page.wait_for_load_state("networkidle")
         look.page.wait_for_timeout(1500)  # for the picture alone: charts fade in
         look.picture(Path(f"board-{tab}.png"), whole=False)
+        nothing = look.page.get_by_text(re.compile("No .* (was|were) found"))
+        assert nothing.locator("visible=true").count() == 0
         assert look.strangers == []
         assert [line for line in look.complaints if line.startswith("error")] == []

@@ -196,15 +196,58 @@ def test_classes_by_name_and_values_that_are_none(tmp_path, prepared):
     summary = prepared(source, tile=32, classes=classes)
     assert summary.schema.classes == ("bare", "vegetation")
     assert summary.schema.class_values == (2, 0)
-    assert summary.problem_kinds == {"unknown value": 3}
-    ones = np.count_nonzero(pairs["s0"][1] == 1)
-    assert f"{ones} pixels hold 1," in summary.problems[0].what
+    assert summary.problem_kinds == {"unknown value": 1}  # one line for a value, not for each raster
+    ones = sum(np.count_nonzero(labels == 1) for _, labels in pairs.values())
+    assert str(summary.problems[0]) == (
+        f"{source}/labels/s0.tif: 1 is in all 3 label rasters, and no class ({ones} pixels, not valid):"
+        " add 1:NAME to --classes, or --ignore 1"
+    )
     _, labels = mosaic(summary, dict.fromkeys(pairs, (50, 70)))
     valid = 1 << VALID_BIT
     wanted = np.array([2 | valid, 0, 1 | valid])
     np.testing.assert_array_equal(labels["s0"], wanted[pairs["s0"][1]])
-    with pytest.raises(SourceError, match=r"labels/s0.tif: .* pixels hold 1"):
+    with pytest.raises(SourceError, match=r"labels/s0.tif: 1 is in all"):
         prepared(source, classes=classes, strict=True)
+
+
+def test_each_value_that_is_none_is_said_once(tmp_path, prepared):
+    for name, first in (("a", 0), ("b", 10)):
+        values = np.arange(first, first + 32, dtype=np.uint8)
+        scenes.write_raster(tmp_path / f"scenes/{name}.tif", scenes.noise(0, (4, 32, 32)))
+        scenes.write_raster(tmp_path / f"labels/{name}.tif", np.repeat(values[None], 32, 0))
+    problems = prepared(tmp_path, tile=32, classes=parse_classes("0:a,10:b,11:c"), ignore=1).problems
+    lines = [str(problem) for problem in problems]
+    assert len(lines) == 16  # 2 to 9 and 12 to 18, and one for those from 19 to 41
+    assert (
+        "a.tif: 2 is in 1 of 2 label rasters, and no class (32 pixels, not valid): add 2:" in lines[0]
+    )
+    assert "--ignore" not in lines[0]  # there is one value to ignore, and it is given
+    assert "a.tif: 12 is in all 2 label rasters, and no class (64 pixels" in lines[8]
+    assert lines[-1].endswith("23 further values in the label rasters are no classes either")
+
+
+@pytest.mark.parametrize(
+    ("folders", "given", "said"),
+    [
+        (["scenes"], ".", r"has scenes/ but no labels/: scenes and labels go together$"),
+        (["labels"], ".", r"has labels/ but no scenes/"),
+        (["scenes", "Labels"], ".", r"has Labels/ and scenes/ but no labels/.*; call Labels labels$"),
+        (
+            ["Scenes", "Labels"],
+            ".",
+            r"no scenes/ and no labels/.*; call Labels labels; call Scenes scenes$",
+        ),
+        (["scenes", "labels"], "scenes", r"scenes is one of .*: give the folder above, .*/source$"),
+        (["scenes", "labels"], "labels", r"labels is one of .*: give the folder above, .*/source$"),
+        (["scenes"], "scenes", r"give the folder above, .*/source$"),
+        (["pictures"], ".", r"is no source"),
+    ],
+)
+def test_half_a_source(folders, given, said, tmp_path, prepared):
+    for name in folders:
+        (tmp_path / "source" / name).mkdir(parents=True)
+    with pytest.raises(SourceError, match=said):
+        prepared(tmp_path / "source" / given)
 
 
 @pytest.mark.parametrize("text", ["vegetation", "a:b", "0:a,0:b", "0:a,1:a", "0:", "0:valid", ""])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pwd
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -170,6 +172,33 @@ def test_an_answer_that_hurts_is_named(
     assert (found, words in what) == (verdict, True), what
 
 
+@pytest.mark.parametrize(("known", "asked"), [(True, "farmer"), (False, "1042")])
+def test_accounting_is_asked_by_name(known: bool, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sacctmgr knows users; whoever has no name is asked for by number."""
+    record = pwd.struct_passwd(("farmer", "x", 1042, 1042, "", "/", "/bin/sh"))
+    monkeypatch.setattr(module.os, "getuid", lambda: 1042)
+    monkeypatch.setattr(module.pwd, "getpwuid", {1042: record}.__getitem__ if known else {}.__getitem__)
+    asked_for: list[Sequence[str]] = []
+    answer = site()
+
+    def call(command: Sequence[str], text: str = "", *, check: bool = True) -> str:
+        asked_for.append(command)
+        return answer(command, text, check=check)
+
+    assert worse(examine_slurm(Wanted(), QUICK, call)) == []
+    (command,) = [each for each in asked_for if each[0] == "sacctmgr"]
+    assert command == [
+        "sacctmgr",
+        "--noheader",
+        "--parsable2",
+        "show",
+        "associations",
+        "where",
+        f"user={asked}",
+        "format=Account,Partition,QOS,MaxJobs,MaxSubmit,MaxWall,GrpTRES,MaxTRES",
+    ]
+
+
 def test_a_controller_behind_which_another_stands_is_a_warning() -> None:
     both = "Slurmctld(primary) at head is DOWN\nSlurmctld(backup) at head2 is UP\n"
     ((verdict, what),) = worse(examine_slurm(Wanted(), QUICK, site(scontrol_ping=both)))
@@ -221,23 +250,59 @@ def test_the_templates_warn_as_early_as_is_assumed() -> None:
     assert f"#SBATCH --signal=USR1@{slurm.SIGNAL_SECONDS}\n" in text
 
 
+def run_with(folder: Path, *rows: dict[str, object], log: str = "") -> Path:
+    """A run of batches of 32 that wrote these rows and then was torn away."""
+    (folder / "log").mkdir()
+    (folder / "log" / "rank-0.log").write_text(log)
+    (folder / "config.yaml").write_text("data:\n  batch_size: 32\n")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + '{"kind": "training", "ste')
+    return folder
+
+
+def trained(step: int, images_per_second: float) -> dict[str, object]:
+    return {"kind": "training", "step": step, "images_per_second": images_per_second}
+
+
+EVALUATED = {"kind": "evaluation", "step": 2, "miou": 0.5}
+LOG = (
+    "2026-11-22 22:05:10,913 INFO agrivision.training.saver: step 25 saved in 0.3 s, training …\n"
+    "2026-11-22 22:05:41,468 INFO agrivision.training.saver: step 50 saved in 12.5 s, training …\n"
+)
+
+
 def test_the_pace_is_that_of_the_run(tmp_path: Path) -> None:
     assert not pace_of(tmp_path, None).known
-    (tmp_path / "config.yaml").write_text("data:\n  batch_size: 32\n")
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "rank-0.log").write_text(
-        "2026-11-22 22:05:10,913 INFO agrivision.training.saver: step 25 saved in 0.3 s, training …\n"
-        "2026-11-22 22:05:41,468 INFO agrivision.training.saver: step 50 saved in 12.5 s, training …\n"
+    pace = pace_of(
+        run_with(tmp_path, trained(1, 16.0), trained(2, 8.0), trained(3, 2.0), log=LOG), None
     )
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"kind": "training", "step": 1, "images_per_second": 16.0}\n'
-        '{"kind": "training", "step": 2, "images_per_second": 8.0}\n'
-        '{"kind": "evaluation", "step": 2, "miou": 0.5}\n'
-        '{"kind": "training", "ste'
-    )
-    pace = pace_of(tmp_path, None)
     assert (pace.step, pace.save, pace.known) == (4.0, 12.5, True)
     assert pace.needed == 1.5 * 16.5
+
+
+def test_the_time_of_an_evaluation_is_none_of_a_step(tmp_path: Path) -> None:
+    """The row after it tells of both; here each second row is one."""
+    rows = [
+        trained(1, 16.0),
+        EVALUATED,
+        trained(2, 0.01),
+        trained(3, 16.0),
+        EVALUATED,
+        trained(4, 0.01),
+    ]
+    assert pace_of(run_with(tmp_path, *rows, log=LOG), None).step == 2.0
+
+
+def test_where_every_row_has_an_evaluation_these_are_taken(tmp_path: Path) -> None:
+    assert pace_of(run_with(tmp_path, EVALUATED, trained(2, 4.0), log=LOG), None).step == 8.0
+
+
+def test_what_rows_tell_of_saves_comes_before_the_log(tmp_path: Path) -> None:
+    saves = [
+        {"kind": "checkpoint", "step": step, "seconds": seconds, "stall_seconds": 0.1}
+        for step, seconds in [(1, 2.5), (2, 1.5)]
+    ]
+    assert pace_of(run_with(tmp_path, trained(1, 16.0), *saves, log=LOG), None).save == 2.5
 
 
 def test_a_guessed_pace_counts_with_the_disk(tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ def test_parts_say_what_is_missing(trained: TrainedModel, source: Path, tmp_path
     assert line == f"8 tiles in {out / 'labels'}; 6 of other parts are still missing"
     assert not (out / "submission.zip").exists()
     (line,) = run(trained, [source], out, "1/2").lines()
-    assert line.startswith(f"6 tiles in {out / 'submission.zip'}")
+    assert line.startswith(f"14 tiles in {out / 'submission.zip'}")
 
 
 def test_a_journal_gives_back_what_it_was_given(tmp_path: Path) -> None:

@@ -151,6 +151,21 @@ def test_cancel_ends_what_is_alive(
     assert "nothing in the queue" in capsys.readouterr().out
 
 
+def test_status_knows_of_a_cancellation_at_once(
+    run_dir: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown() -> str:
+        capsys.readouterr()
+        assert main(["status", str(run_dir)]) == 0
+        return capsys.readouterr().out
+
+    slurm.hold(queued("1", "PENDING"))
+    assert shown().startswith(f"{run_dir}: pending")
+    assert main(["cancel", str(run_dir)]) == 0
+    slurm.hold(queued("1", "CANCELLED"))
+    assert shown().startswith(f"{run_dir}: cancelled")
+
+
 @pytest.fixture
 def pipeline(config: Path, fields: Path, tmp_path: Path) -> list[str]:
     out = str(tmp_path / "pipe")

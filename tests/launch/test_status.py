@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from agrivision.errors import BadInput
+from agrivision.rundir import RunDirectory
 from launch.__main__ import main
 from launch.find import find, find_one
 from launch.freeze import freeze_train
 from launch.jobdir import Attempt, JobDirectory, JobSpec
-from launch.poll import SECONDS, Answer, poll
+from launch.poll import SECONDS, Answer, forget, poll
 from launch.slurm import QueuedJob, SlurmError
 from launch.status import Row, explain, known_of, plan_of, report, state_of, why
 from tests.launch.conftest import FakeSlurm, queued
@@ -89,6 +91,8 @@ def test_why_a_job_waits_or_ended() -> None:
         ("QOSMaxJobsPerUserLimit", "quality of service"),
         ("AssocGrpGRES", "account"),
         ("ReqNodeNotAvail, UnavailableNodes:n3", "ReqNodeNotAvail: a node"),
+        ("PartitionConfig", "PartitionConfig: no node of the partition has what it asks for"),
+        ("BadConstraints", "cannot start"),
         ("SomethingNew", "SomethingNew"),
         ("None", "not looked at yet"),
     ],
@@ -162,6 +166,26 @@ def test_a_clock_that_went_back_is_no_young_answer() -> None:
     slurm.now -= 3600
     assert slurm.poll().age == 0.0
     assert slurm.asked == 2
+
+
+def test_what_was_said_before_a_change_can_be_forgotten(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = Controller()
+    forget()  # nothing was said yet
+    slurm.poll()
+    forget()
+    slurm.poll()
+    assert slurm.asked == 2
+    blocked = home / "file"  # where nothing can be kept but in this process
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    slurm.poll()
+    slurm.poll()
+    assert slurm.asked == 3
+    forget()
+    slurm.poll()
+    assert slurm.asked == 4
 
 
 def test_two_screens_ask_once(
@@ -244,6 +268,18 @@ def test_no_question_about_what_is_done(run_dir: Path, slurm: FakeSlurm) -> None
     JobDirectory.of_run(run_dir).submitted("8", by="launch")
     slurm.hold(queued("8", "PENDING"))
     assert report(find([run_dir])).rows[0].state == "pending"  # what is done is that of before
+
+
+@pytest.mark.parametrize(("step", "state"), [(9, "not launched"), (18, "done")])
+def test_a_run_without_a_job(step: int, state: str, config: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "local")
+    run.path.mkdir()
+    shutil.copyfile(config, run.config)
+    run.metrics.write_text(f'{{"kind": "training", "step": {step}, "epoch": 0}}\n')
+    (row,) = report(find([run.path])).rows
+    assert (row.state, row.step, row.total_steps) == (state, step, 18)
+    run.config.unlink()  # nobody knows how many steps it has
+    assert report(find([run.path])).rows[0].state == "not launched"
 
 
 def test_an_array_that_shares_a_directory(tmp_path: Path, slurm: FakeSlurm) -> None:

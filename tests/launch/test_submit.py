@@ -195,7 +195,9 @@ def test_paths_that_no_script_can_hold_are_refused(
             "one process",
         ),
         (["train", "--run_dir", "r", "--site", "nowhere.yaml"], "nowhere.yaml"),
-        (["trian"], "train, prepare"),
+        (["trian"], "did you mean train?; the commands are train, prepare"),
+        (["statu"], "did you mean status?"),
+        (["frobnicate"], "'frobnicate'; the commands are train, prepare"),
         (["status", "nowhere"], "nowhere"),
         (["resume"], "resume"),
     ],
@@ -343,6 +345,27 @@ def test_parts_that_are_refused(
     assert main([command, *before, *more]) == 2
     assert wanted in complaint()
     assert slurm.calls("sbatch") == []
+
+
+def test_data_that_cannot_be_seen_from_here(
+    config: Path, tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    assert main([*words, "--dry_run"]) == 0
+    assert capsys.readouterr().err == ""
+    unseen = f"{tmp_path}/av2022 has no dataset.json, seen from here"
+    for path, problem in (
+        (tmp_path / "av2022", f"{unseen}: the job will fail unless its nodes see it"),
+        ("", "no --data.path is given: the job will fail"),
+    ):
+        assert main([*words, f"--data.path={path}"]) == 0
+        assert capsys.readouterr().err == f"launch: warning: {problem}\n"
+    assert JobDirectory.of_run(tmp_path / "run").jobs() == ["1", "2"]  # warned, not refused
+    swept = ["sweep", "--out", str(tmp_path / "sweep"), "--config", str(config), "--dry_run"]
+    swept += ["--data.path", str(tmp_path / "av2022"), "--optimizer.lr", "1e-3,2e-3"]
+    assert main(swept) == 0
+    (line,) = capsys.readouterr().err.splitlines()  # not once for each run
+    assert unseen in line
 
 
 def test_a_directory_has_one_job_in_the_queue(

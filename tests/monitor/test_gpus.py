@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +102,21 @@ def test_a_driver_that_hangs_is_waited_for_once() -> None:
     assert gpus._thread is not None
     gpus._thread.join(30)
     gpus._patience = 30
-    # What was spent meanwhile is not lost.
-    assert gpus.take() == [{"utilisation": 0.5, "energy_joules": 20.0}]
+    # The answer that came late is taken, and nothing that was spent is lost.
     assert gpus.take() == [{"utilisation": 0.5, "energy_joules": 10.0}]
+    assert len(calls) == 2
+    assert gpus.take() == [{"utilisation": 0.5, "energy_joules": 10.0}]
+    assert len(calls) == 3
+
+
+def test_the_first_answer_is_waited_for() -> None:
+    """The library is imported and the GPU found meanwhile: without it, energy would begin later."""
+
+    def read() -> Reading:
+        time.sleep(0.2)
+        return Reading(energy_joules=7.0)
+
+    assert Gpus(alone(), read, patience=0.0)._energy == 7.0
 
 
 def test_each_rank_fills_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:

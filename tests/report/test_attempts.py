@@ -7,7 +7,16 @@ import pytest
 
 from agrivision.report.attempts import FINISHED, INTERRUPTED, RUNNING, read_attempts
 from agrivision.rundir import RunDirectory
-from tests.report.made import BEGAN, attempt, interrupted_run, log, make_run, stopped, training
+from tests.report.made import (
+    BEGAN,
+    DONE,
+    attempt,
+    interrupted_run,
+    log,
+    make_run,
+    stopped,
+    training,
+)
 
 SILENT = "without a word: killed, or lost with its node"
 
@@ -76,3 +85,12 @@ def test_provenance_that_is_none_tells_of_no_attempt(tmp_path: Path, content: st
     run = make_run(tmp_path / "run", [training(5)])
     (run / "provenance.json").write_text(content)
     assert read_attempts(RunDirectory(run), 5, None, BEGAN) == ()
+
+
+def test_a_command_that_was_refused_does_not_undo_what_was_finished(tmp_path: Path) -> None:
+    """Somebody tries another configuration on a run that is done."""
+    refused = log([(900, 900, 0, "agrivision.training.run: leaving with 2: lr was 1")])
+    said = log([(0, 300, 0, DONE)]) + refused.splitlines(keepends=True)[-1]
+    run = make_run(tmp_path / "run", [training(40)], attempts=[attempt(0, 0)], said=said)
+    (found,) = read_attempts(RunDirectory(run), 40, None, BEGAN + 10_000)
+    assert (found.state, found.ended, found.why) == (FINISHED, BEGAN + 300, "finished")

@@ -11,7 +11,6 @@ from agrivision.charts import (
     SERIES,
     Chart,
     Line,
-    bar_chart,
     contrast,
     heat_map,
     histogram,
@@ -50,7 +49,6 @@ def test_texts_of_any_content_are_texts() -> None:
     made = [
         curve(name),
         heat_map("h", "w", np.eye(2), [name, "b"], ["a", name], row_title="r", column_title="c"),
-        bar_chart("b", "w", [name], [1.0], SERIES[:1], x="x", shown=str),
         histogram("g", "w", [0, 1, 2], [[1, 2]], names=[name], colors=SERIES[:1], x="x", y="y"),
     ]
     for chart in made:

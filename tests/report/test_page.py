@@ -19,10 +19,11 @@ from agrivision.data.shards import SplitReader
 from agrivision.errors import BadInput
 from agrivision.inference.trained import load_run
 from agrivision.pages import DASH
-from agrivision.report.figures import apart, column_shares
+from agrivision.report.figures import apart, column_shares, file_names
 from agrivision.report.history import read_history
 from agrivision.report.page import differences, display_names
 from agrivision.report.tiles import draw_tiles
+from agrivision.report.words import span_words
 from agrivision.report.write import write_report
 from tests.report.made import (
     BEGAN,
@@ -104,14 +105,48 @@ def test_three_interruptions_are_a_row_each(tmp_path: Path) -> None:
 
 
 def test_energy_and_gpu_figures_are_added_up(tmp_path: Path) -> None:
-    gpus = [{"utilisation": 0.5, "power_watts": 300.0, "energy_joules": 9e5}] * 2
-    rows = [training(s, time=BEGAN + 10.0 * s, gpus=gpus) for s in range(1, 9)]
+    gpu = {"utilisation": 0.5, "power_watts": 600.0, "energy_joules": 1.8e6}  # of all together
+    rows = [training(s, time=BEGAN + 10.0 * s, gpu=gpu) for s in range(1, 9)]
     run = make_run(tmp_path / "run", rows, attempts=[attempt(0, 0)])
     parsed = reported(tmp_path / "out.html", run, charts=tmp_path / "figures")
     assert parsed.row("Energy of the GPUs", 1) == ["4 kWh, for the steps that were kept"]
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"utilisation.svg", "power_watts.svg", "images_per_second.svg", "loss.svg"} <= names
     assert b"Minutes since" not in (tmp_path / "figures" / "loss.svg").read_bytes()
+
+
+def test_rates_are_means_over_time(tmp_path: Path) -> None:
+    """Three rows of as many steps, one of which took ten times as long."""
+    rows = [
+        training(10 * n, images_per_second=rate, megapixels_per_second=rate / 10, waiting_share=share)
+        for n, (rate, share) in enumerate([(100.0, 0.0), (100.0, 0.0), (10.0, 0.6)], 1)
+    ]
+    parsed = reported(tmp_path / "out.html", make_run(tmp_path / "run", rows))
+    assert parsed.row("Megapixels per second", 1) == ["2.5"]
+    assert parsed.row("Time waiting for data", 1) == ["50.0 %"]
+
+
+def test_charts_of_runs_with_like_names_have_files_of_their_own() -> None:
+    water, wood = "\N{CJK UNIFIED IDEOGRAPH-6C34}", "\N{CJK UNIFIED IDEOGRAPH-6728}"
+    names = [water, wood, "lr=1/x", "lr 1 x", "a" * 70, "a" * 71]
+    found = file_names(names)
+    assert list(found) == names and len(set(found.values())) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (59.4, "59 s"),
+        (61, "1 min 1 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 0 min"),
+        (86399, "1 d 0 h"),
+        (172799, "2 d 0 h"),
+        (90000, "1 d 1 h"),
+    ],
+)
+def test_a_stretch_of_time_in_its_two_largest_units(seconds: float, words: str) -> None:
+    assert span_words(seconds) == words
 
 
 def test_the_figures_stand_in_the_page_and_beside_it(tmp_path: Path) -> None:

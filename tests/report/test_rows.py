@@ -20,15 +20,12 @@ def written(folder: Path, *lines: object) -> Path:
 
 
 def test_rows_are_read_as_they_stand(tmp_path: Path) -> None:
-    gpus = [
-        {"utilisation": 0.5, "power_watts": 100.0, "energy_joules": 7.0, "memory_gib": 1.0},
-        {"utilisation": 0.7, "power_watts": 50.0, "energy_joules": 5.0, "memory_gib": 1.0},
-    ]
+    gpu = {"utilisation": 0.6, "power_watts": 150.0, "energy_joules": 12.0, "memory_gib": 1.0}
     best = whole_evaluation(20, 0.7, best={"water": [["k1", 0.9]]}, worst={"water": [["k2", 0.0]]})
     metrics = read_metrics(
         written(
             tmp_path,
-            training(10, time=5.0, gpus=gpus, megapixels_per_second=3.0),
+            training(10, time=5.0, gpu=gpu, megapixels_per_second=3.0),
             whole_evaluation(10, 0.5),
             training(20, time=9.0, total=None),
             best,
@@ -67,8 +64,8 @@ def test_rows_of_an_older_version_are_enough(tmp_path: Path) -> None:
         '{"kind": "training", "step": "7"}',
         '{"kind": "training", "step": 7, "total": "x"}',
         '{"kind": "training", "step": 7, "total": 1e999}',
-        '{"kind": "training", "step": 7, "gpus": {}}',
-        '{"kind": "training", "step": 7, "gpus": [1]}',
+        '{"kind": "training", "step": 7, "gpu": []}',
+        '{"kind": "training", "step": 7, "gpu": 1}',
         '{"kind": "evaluation", "step": 7, "miou": 2, "iou": {"a": 0.5}}',
         '{"kind": "evaluation", "step": 7, "miou": 0.5, "iou": {}}',
         '{"kind": "evaluation", "step": 7, "miou": 0.5, "iou": {"a\\u001b": 0.5}}',

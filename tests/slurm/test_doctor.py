@@ -230,8 +230,39 @@ def seen(**changes: object) -> dict[str, object]:
     ],
 )
 def test_what_a_node_lacks_is_named(changes: dict[str, object], verdict: str, words: str) -> None:
-    ((found, what),) = worse(module.judge(seen(**changes), {}, Path("data")))
+    now = time.time()
+    ((found, what),) = worse(module.judge(seen(**changes), {}, Path("data"), begin=now, end=now))
     assert (found, words in what) == (verdict, True), what
+
+
+@pytest.mark.parametrize(
+    ("clock", "said"),
+    [
+        (94.0, "at least 6 s off"),
+        (96.0, ""),
+        (104.0, ""),  # before a long epilog
+        (600.0, ""),  # after a long wait
+        (604.0, ""),
+        (606.0, "at least 6 s off"),
+    ],
+)
+def test_a_clock_is_off_only_outside_of_the_time_of_the_job(clock: float, said: str) -> None:
+    found = worse(module.judge(seen(time=clock), {}, None, begin=100.0, end=600.0))
+    assert [(verdict, said in what) for verdict, what in found] == [("careful", True)] * bool(said)
+
+
+def test_an_epilog_is_no_clock_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job looks at once, and srun returns a minute later."""
+    clock = [1000.0]
+
+    def srun(*_: object) -> tuple[int, str]:
+        told = json.dumps(seen(time=clock[0]))
+        clock[0] += 60.0
+        return 0, f"agrivision doctor: {told}\n"
+
+    monkeypatch.setattr(module, "_srun", srun)
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    assert worse(on_node(tmp_path)) == []
 
 
 def test_another_folder_of_the_same_name_is_named(tmp_path: Path) -> None:

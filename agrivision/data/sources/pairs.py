@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agrivision.data.sources.guard import ALLOW_VRT, DRIVERS, VRT, is_no_path, is_raster
+from agrivision.data.sources.layouts import find_layouts
 from agrivision.data.sources.source import UNDIVIDED, Problem
 from agrivision.data.tile import safe_name
 from agrivision.errors import SourceError
 
 _MOST_BYTES = 64 << 20  # of a table: hundreds of thousands of pairs
+_FOLDERS = ("scenes", "labels")
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -43,15 +45,41 @@ def find_pairs(path: Path, *, allow_vrt: bool = False) -> tuple[list[Pair], list
         allow_vrt: take VRTs, too.
 
     Raises:
-        SourceError: the table cannot be read, or two scenes have the same name.
+        SourceError: the table cannot be read, two scenes have the same name, or one of the two folders
+            is missing.
     """
     if path.is_file() and path.suffix.lower() == ".csv":
         pairs, problems = _from_table(path, allow_vrt)
     elif (path / "scenes").is_dir() and (path / "labels").is_dir():
         pairs, problems = _from_folders(path / "scenes", path / "labels", allow_vrt)
     else:
+        _refuse_half(path)
         return None
     return sorted(_distinct(pairs), key=lambda pair: pair.name), problems
+
+
+def _refuse_half(path: Path) -> None:
+    """Say what is missing where somebody clearly means scenes and labels.
+
+    Raises:
+        SourceError: one of the two folders is there alone or has another case, or is what was given.
+    """
+    if not path.is_dir() or find_layouts(path):
+        return
+    above = path.absolute().parent
+    if path.absolute().name in _FOLDERS and (above / "scenes").is_dir():
+        raise SourceError(
+            f"{path} is one of the two folders of a source: give the folder above, {above}"
+        )
+    there = sorted(child.name for child in path.iterdir() if child.is_dir())
+    alike = [name for name in there if name.lower() in _FOLDERS]
+    missing = [name for name in _FOLDERS if name not in there]
+    if not alike:
+        return
+    otherwise = "".join(f"; call {name} {name.lower()}" for name in alike if name not in _FOLDERS)
+    found = " and ".join(f"{name}/" for name in alike)
+    lacking = " and no ".join(f"{name}/" for name in missing)
+    raise SourceError(f"{path} has {found} but no {lacking}: scenes and labels go together{otherwise}")
 
 
 def _distinct(pairs: list[Pair]) -> list[Pair]:

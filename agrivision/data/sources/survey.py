@@ -122,7 +122,7 @@ def open_rasters(
         raise SourceError(f"no scene with labels in {path}{first}")
     alpha = _check_alike(scenes, bands)
     chosen = list(classes) if classes is not None else _classes(scenes)
-    problems += _unknown_values(scenes, {value for value, _ in chosen})
+    problems += _unknown_values(scenes, {value for value, _ in chosen}, ignore)
     reader = RasterReader(
         pairs=tuple(scene.pair for scene in scenes),
         tile=tile,
@@ -286,15 +286,21 @@ def _classes(scenes: list[Scene]) -> list[tuple[int, str]]:
     return [(value, f"class_{value}") for value in values]
 
 
-def _unknown_values(scenes: list[Scene], known: set[int]) -> list[Problem]:
+def _unknown_values(scenes: list[Scene], known: set[int], ignore: int | None) -> list[Problem]:
+    """A problem for each value that is no class, as many as there can be classes; one for the rest."""
+    unknown = sorted({int(value) for scene in scenes for value in scene.values} - known)
     problems = []
-    for scene in scenes:
-        unknown = sorted(int(value) for value in scene.values if value not in known)
-        if unknown:
-            pixels = sum(scene.values[value] for value in unknown)
-            shown = ", ".join(map(str, unknown[:MAX_CLASSES])) + (
-                " …" if len(unknown) > MAX_CLASSES else ""
-            )
-            what = f"{pixels} pixels hold {shown}, which is no class: they are not valid"
-            problems.append(Problem(str(scene.pair.label), "unknown value", what))
+    for value in unknown[:MAX_CLASSES]:
+        holders = [scene for scene in scenes if scene.values[value]]
+        pixels = sum(scene.values[value] for scene in holders)
+        share = "all" if len(holders) == len(scenes) else f"{len(holders)} of"
+        otherwise = f", or --ignore {value}" if ignore is None else ""
+        what = (
+            f"{value} is in {share} {len(scenes)} label rasters, and no class ({pixels} pixels, not"
+            f" valid): add {value}:NAME to --classes{otherwise}"
+        )
+        problems.append(Problem(str(holders[0].pair.label), "unknown value", what))
+    if len(unknown) > MAX_CLASSES:
+        what = f"{len(unknown) - MAX_CLASSES} further values in the label rasters are no classes either"
+        problems.append(Problem(str(scenes[0].pair.label), "unknown value", what))
     return problems

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only, damaged, without locks: each is named, and nothing is left behind."""
+"""Disks that are full, read-only, without locks: each is named, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from agrivision.data.schema import Schema
-from agrivision.doctor import disks, speed
-from agrivision.doctor.disks import clock, examine_data, examine_run_folder, nearest, rename_is_atomic
+from agrivision.doctor import disks, run_folder
+from agrivision.doctor.disks import nearest
 from agrivision.doctor.finding import Finding, Topic, Verdict
-from agrivision.doctor.speed import Rate, sequential_rate, small_files, write_rate
+from agrivision.doctor.run_folder import clock, examine_run_folder, rename_is_atomic
+from agrivision.doctor.speed import Rate, write_rate
 from tests.disks import fill, make_read_only, small_disk
+from tests.doctor.folders import tree
 from tests.doctor.said import about, worse
 
 T = TypeVar("T")
@@ -31,10 +32,6 @@ def result(steps: Generator[Finding, None, T]) -> tuple[list[Finding], T]:
             found.append(next(steps))
         except StopIteration as end:
             return found, end.value
-
-
-def tree(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_a_good_folder_is_good_and_stays_as_it_was(tmp_path: Path) -> None:
@@ -112,11 +109,11 @@ def test_a_local_disk_on_a_cluster_is_a_warning(
 def test_what_a_slow_disk_means_is_said(
     rate: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disks, "write_rate", lambda *_: Rate(int(rate), 1.0))
+    monkeypatch.setattr(run_folder, "write_rate", lambda *_: Rate(int(rate), 1.0))
     found, written = result(examine_run_folder(tmp_path, shared=False))
     assert written == rate
     said = about(found, "written and fsynced")
-    assert (said.verdict, f"{disks.CHECKPOINT / rate:.1f} s" in said.what) == (verdict, True)
+    assert (said.verdict, f"{run_folder.CHECKPOINT / rate:.1f} s" in said.what) == (verdict, True)
 
 
 def test_a_rename_that_is_two_steps_is_named(tmp_path: Path) -> None:
@@ -153,87 +150,3 @@ def test_a_clock_that_is_off_is_named(skew: float, verdict: str, tmp_path: Path)
 
     found = clock(TOPIC, tmp_path, now)
     assert (found.verdict, f"{abs(skew):.1f} s apart" in found.what) == (verdict, True)
-
-
-def test_a_file_without_a_name_where_there_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Network file systems have no such files: a named one is removed before it is written."""
-    real = os.open
-
-    def refuse(path: Path, flags: int, *more: int) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real(path, flags, *more)
-
-    seen = []
-    sync = os.fsync
-    monkeypatch.setattr(speed.os, "open", refuse)
-    monkeypatch.setattr(speed.os, "fsync", lambda file: (seen.append(tree(tmp_path)), sync(file)))
-    assert write_rate(tmp_path, 1 << 40, most=1 << 20).amount == 1 << 20
-    assert seen == [[]]
-
-
-def test_rates_count_what_was_done(tmp_path: Path) -> None:
-    assert small_files(tmp_path, most=10).amount == 10
-    assert tree(tmp_path) == []
-    (tmp_path / "a").write_bytes(bytes(100_000))
-    (tmp_path / "b").write_bytes(bytes(50_000))
-    assert sequential_rate([tmp_path / "a", tmp_path / "b"]).amount == 150_000
-
-
-def test_a_data_set_is_read(dataset: Path) -> None:
-    before = tree(dataset)
-    found = list(examine_data(dataset, gpus=1, shared=False))
-    assert "at random places" in about(found, "tiles a second").what
-    assert about(found, "shard after shard").verdict == Verdict.GOOD
-    assert tree(dataset) == before
-
-
-def test_each_tile_is_read_once(dataset: Path) -> None:
-    tiles = Schema.read(dataset).split("train").tiles
-    read: list[int] = []
-    rate, number = speed.reading_rate(range(tiles), lambda tile: read.append(tile) or 10, seconds=60)
-    assert (sorted(read), number, rate.amount) == (list(range(tiles)), tiles, 10 * tiles)
-
-
-def damage(shard: Path) -> None:
-    content = bytearray(shard.read_bytes())
-    content[:] = bytes(byte ^ 1 for byte in content)
-    shard.write_bytes(content)
-
-
-def cut(shard: Path) -> None:
-    os.truncate(shard, 1000)
-
-
-@pytest.mark.parametrize("harm", [damage, cut, Path.unlink])
-def test_a_damaged_data_set_is_named(
-    harm: Callable[[Path], None], dataset: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(dataset, tmp_path / "copy")
-    for shard in (copy / "train").glob("*.tar"):
-        harm(shard)
-    found = [each for each in examine_data(copy, gpus=1, shared=False) if each.verdict == Verdict.BAD]
-    assert len(found) == 1
-    assert "train/" in found[0].what
-
-
-def test_small_files_are_read(fields: Path) -> None:
-    found = list(examine_data(fields, gpus=1, shared=False))
-    assert "tiles of 13 files each" in about(found, "files a second").what
-
-
-def test_a_data_folder_that_is_empty_or_not_there_is_named(tmp_path: Path) -> None:
-    assert about(examine_data(tmp_path, gpus=1, shared=False), "no files").verdict == Verdict.CAREFUL
-    assert worse(examine_data(tmp_path / "none", gpus=1, shared=False)) == [
-        ("bad", "there is no such folder")
-    ]
-
-
-def test_where_a_copy_would_go(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
-    assert str(tmp_path) in about(examine_data(dataset, gpus=1, shared=False), "data.stage").what
-    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "gone"))
-    found = about(examine_data(dataset, gpus=1, shared=False), "data.stage")
-    assert found.verdict == Verdict.CAREFUL
