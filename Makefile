@@ -45,7 +45,7 @@ test-faults: $(STAMP)  ## all faults, which takes hours: ROWS=9,10 chooses, SAMP
 storm: $(STAMP)  ## a run of the demo's kind under 20 random faults; SEED=N repeats one, SEEDS=0,1,2 several
 	$(BIN)/python -m tests.storm $(if $(SEEDS),--seeds $(SEEDS),$(if $(SEED),--seed $(SEED),--fresh))
 
-cluster: $(STAMP)  ## a real Slurm on this machine, with four invented nodes; prints what to export
+cluster: $(STAMP)  ## a real Slurm on this machine, with four invented nodes of 4 CPUs each; prints what to export
 	@$(BIN)/python -m launch.cluster start
 
 cluster-stop: $(STAMP)  ## end it, and all of its jobs

@@ -18,7 +18,7 @@ from agrivision.training.preemption import StopRequest
 _SUMMARY = "turn a source of imagery and labels into shards"
 _EXAMPLES = [
     "Agriculture-Vision-2021 data/av2021",
-    "my_farm data/farm --tile 512 --val north_field --classes 0:crop,1:weeds,2:water",
+    "my_farm data/farm --val north_field --classes 0:crop,1:weeds,2:water",
 ]
 
 

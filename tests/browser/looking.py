@@ -46,8 +46,8 @@ class Look:
     def broken(self) -> list[str]:
         """Pictures that were not drawn."""
         found: list[str] = self.page.evaluate(
-            "Array.from(document.images, image => image.decode().then(() => '', () => image.alt || "
-            "image.src.slice(-80)))",
+            "Promise.all(Array.from(document.images, image => image.decode()"
+            ".then(() => '', () => image.alt || image.src.slice(-80))))"
         )
         return [alt for alt in found if alt]
 
