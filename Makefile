@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## from invented fields to maps on this machine, in minutes; results in demo-output/
 	$(BIN)/python -m launch.demo demo-output
 
-test: $(STAMP)  ## the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the tests, by as many processes as there are cores, four at most
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-faults: $(STAMP)  ## all faults, which takes hours: ROWS=9,10 chooses, SAMPLE=3 draws, TIMES=3 repeats, JOBS=2 REPORT=FILE
 	@for turn in $$(seq $(or $(TIMES),1)); do \

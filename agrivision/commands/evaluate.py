@@ -39,8 +39,8 @@ def _run(argv: list[str]) -> ExitCode:
         stop=lambda: stop.made,
     )
     if found is not None:  # rank 0
+        say(f"{found['checkpoint']}, trained for {found['step']} steps, on {args.split}:")
         print_scores(found)
-        say(f"of {found['checkpoint']}, trained for {found['step']} steps, on {args.split}")
         if args.json:
             write_json(Path(args.json), found)
     return ExitCode.DONE
