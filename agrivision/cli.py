@@ -6,7 +6,6 @@ before that takes its seconds.
 
 from __future__ import annotations
 
-import difflib
 import sys
 import traceback
 from argparse import ArgumentError
@@ -27,9 +26,9 @@ from agrivision.commands import (
     train,
 )
 from agrivision.commands.completion import completion
-from agrivision.commands.parsing import hinted
+from agrivision.commands.parsing import hinted, no_command
 from agrivision.ending import report_ending
-from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passwords
+from agrivision.errors import AgrivisionError, ExitCode, without_passwords
 from agrivision.options import refuse_passwords, shortened
 
 _COMMANDS = {
@@ -96,9 +95,7 @@ def _dispatch(arguments: list[str]) -> ExitCode:
         sys.stdout.write(f"agrivision {__version__}\n")
         return ExitCode.DONE
     if name not in _COMMANDS:
-        close = difflib.get_close_matches(name, _COMMANDS, n=1)
-        hint = f": did you mean {close[0]}?" if close else ""
-        raise BadInput(f"there is no command {name!r}{hint}; the commands are {', '.join(_COMMANDS)}")
+        raise no_command(name, _COMMANDS)
     return _COMMANDS[name].run(arguments[1:])
 
 

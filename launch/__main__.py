@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 
+from agrivision.commands.parsing import no_command
 from agrivision.console import say
-from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passwords
+from agrivision.errors import AgrivisionError, ExitCode, without_passwords
 from agrivision.options import refuse_passwords
 from launch import control, logs, pipeline, status, sweep
 from launch.resources import build, describe, find_site, take_apart
@@ -54,9 +54,7 @@ def _dispatch(arguments: list[str]) -> ExitCode:
         say(_usage())
         return ExitCode.DONE
     if name not in _COMMANDS:
-        close = difflib.get_close_matches(name, _COMMANDS, n=1)
-        hint = f": did you mean {close[0]}?" if close else ""
-        raise BadInput(f"there is no command {name!r}{hint}; the commands are {', '.join(_COMMANDS)}")
+        raise no_command(name, _COMMANDS)
     return _COMMANDS[name][1](arguments[1:])
 
 

@@ -175,7 +175,7 @@ def _tell(out: Path, dataset: Path) -> None:
     _say(f"mIoU:        {miou:.3f}, {miou / background:.1f} times that of always saying background")
     _say(f"pictures:    {out / 'pictures'}")
     _say(f"maps:        {out / 'maps'}")
-    _say(f"TensorBoard: tensorboard --logdir {out / 'run' / 'tensorboard'}")
+    _say(f"TensorBoard: agrivision tensorboard {out / 'run'}")
 
 
 if __name__ == "__main__":

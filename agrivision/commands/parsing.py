@@ -6,12 +6,12 @@ import difflib
 import os
 import re
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jsonargparse
 
-from agrivision.errors import ExitCode
+from agrivision.errors import BadInput, ExitCode
 
 Parser = jsonargparse.ArgumentParser
 
@@ -53,6 +53,14 @@ def make_parser(command: str, description: str, examples: Sequence[str]) -> Pars
         formatter_class=_Formatter,
         exit_on_error=False,
     )
+
+
+def no_command(name: str, commands: Iterable[str]) -> BadInput:
+    """There is no such command; which may have been meant, and which there are."""
+    known = list(commands)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean {close[0]}?" if close else ""
+    return BadInput(f"there is no command {name!r}{hint}; the commands are {', '.join(known)}")
 
 
 def flags(parser: Parser) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VALID_BIT = 15  # of the label images; the classes have the bits below
+from agrivision.data.labels import VALID_BIT
+
 _MOST_COUNTS = 1 << 20  # that are kept at once: tiles of few classes are counted together
 
 
@@ -56,7 +57,7 @@ def confusion_matrices(predicted: Tensor, labels: Tensor, classes: int) -> Tenso
     _check(predicted, labels, classes)
     if len(predicted) == 0:
         return torch.zeros(0, classes, classes, dtype=torch.int64, device=predicted.device)
-    valid = (labels >> _VALID_BIT) & 1
+    valid = (labels >> VALID_BIT) & 1
     sets = (labels & (2**classes - 1)) * valid  # 0, the empty set, where the pixel does not count
     # All pixels of a tile with the same prediction and the same label set do the same to its matrix.
     pairs = (predicted.long() << classes) + sets
@@ -83,8 +84,8 @@ def _count(pairs: Tensor, classes: int) -> Tensor:
 
 
 def _check(predicted: Tensor, labels: Tensor, classes: int) -> None:
-    if not 1 <= classes <= _VALID_BIT:
-        raise ValueError(f"{classes} classes: 1 to {_VALID_BIT} have a bit")
+    if not 1 <= classes <= VALID_BIT:
+        raise ValueError(f"{classes} classes: 1 to {VALID_BIT} have a bit")
     if predicted.shape != labels.shape:
         raise ValueError(f"predictions {tuple(predicted.shape)} for labels {tuple(labels.shape)}")
     if predicted.numel() == 0:

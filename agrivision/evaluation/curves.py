@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from agrivision.data.labels import VALID_BIT
+
 THRESHOLDS = 101  # 0, 0.01, … 1
-_VALID_BIT = 15  # of the label images; the classes have the bits below
 
 
 def threshold_counts(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def threshold_counts(probabilities: Tensor, labels: Tensor) -> Tensor:
         the highest threshold that the probability reaches. Counts of parts of a data set add up.
     """
     classes = probabilities.shape[1]
-    counted = (((labels >> _VALID_BIT) & 1) * (labels & (2**classes - 1))) != 0
+    counted = (((labels >> VALID_BIT) & 1) * (labels & (2**classes - 1))) != 0
     # As TensorBoard's own: the last threshold is reached by a probability of 1 alone.
     reached = (probabilities.float() * (THRESHOLDS - 1)).int().clamp(0, THRESHOLDS - 1)
     counts = []

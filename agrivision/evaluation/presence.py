@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_VALID_BIT = 15  # of the label images; the classes have the bits below
+from agrivision.data.labels import VALID_BIT
+
 _BLOCK = 8  # pixels
 _THRESHOLD = 0.5
 
@@ -26,7 +27,7 @@ def tile_presence(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         scores: float32 (B, classes), as from `tile_scores`.
         truth: bool (B, classes), whether any valid pixel has the class.
     """
-    valid = ((labels >> _VALID_BIT) & 1).bool()
+    valid = ((labels >> VALID_BIT) & 1).bool()
     sets = labels * valid
     classes = torch.arange(probabilities.shape[1], device=labels.device, dtype=labels.dtype)
     truth = ((sets.unsqueeze(1) >> classes.reshape(-1, 1, 1)) & 1).flatten(2).any(2)

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -18,9 +17,9 @@ from agrivision.errors import NotWritable
 from agrivision.maps.legend import Legend
 from agrivision.maps.page import Confidence, FieldArea, Making, Page, write_index, write_page
 from tests.disks import make_read_only, small_disk
+from tests.pages import Parsed
 
 EVIL = "<script>alert(1)</script>\"'&\n\u202e\udcff"
-VOID = {"meta", "img"}
 BY, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 MAKING = Making(
     checkpoints=("run/best",),
@@ -33,40 +32,6 @@ MAKING = Making(
     views=8,
     precision="bf16",
 )
-
-
-class Parsed(HTMLParser):
-    """A page's elements, with every one closed that was opened."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self.style = ""
-        self.feed(content.decode())
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "style":
-            self.style += data
-        elif data.strip():
-            self.texts.append(data.strip())
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def page_of(folder: Path, **changes: Any) -> Page:

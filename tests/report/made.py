@@ -2,11 +2,12 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.pages import Parsed
 
 BEGAN = 1_800_000_000  # 2027-01-15 08:00:00 UTC
 CLASSES = ("background", "water", "weed_cluster")
@@ -18,46 +19,6 @@ CONFIG = {
     "training": {"epochs": 4, "precision": "fp32"},
 }
 EVIL = "<script>alert(1)</script>\"'&$\\frac{\n\u202e"
-VOID = {"meta", "img", "source"}
-
-
-class Parsed(HTMLParser):
-    """A page's elements and texts."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self.marked: list[str] = []
-        self.feed(content.decode())
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip() and self.open[-1:] != ["style"]:
-            self.texts.append(data.strip())
-            if self.open[-1] == "mark":
-                self.marked.append(data.strip())
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def row(self, name: str, cells: int) -> list[str]:
-        """The texts that follow the first one of this name."""
-        start = self.texts.index(name) + 1
-        return self.texts[start : start + cells]
 
 
 def training(step: int, **more: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +18,7 @@ from agrivision.data.prepare import PrepareOptions, prepare
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.report.dataset import dataset_page
-
-
-class Parsed(HTMLParser):
-    """Texts, pictures, and what a browser would fetch."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        self.alts: list[str] = []
-        self.fetched: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        assert "style" not in found and not any(name.startswith("on") for name in found)
-        self.fetched += [str(found[name]) for name in ("src", "srcset") if name in found]
-        if tag == "img":
-            self.alts.append(str(found["alt"]))
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+from tests.pages import Parsed
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +103,18 @@ def test_the_page_says_it_all_and_fetches_nothing(farm: Path, dataset: Path) -> 
         found, glance = inspect_dataset(folder), look_over(folder, schema)
         page = dataset_page(found, glance)
         assert page == dataset_page(found, look_over(folder, schema))
-        parsed = Parsed(page)
-        assert all(source.startswith("data:image/") for source in parsed.fetched)
+        parsed = Parsed(page.encode())
+        fetched = [e[name] for _, e in parsed.elements for name in ("src", "srcset") if name in e]
+        assert fetched and all(source.startswith("data:image/") for source in fetched)
+        for _, attributes in parsed.elements:
+            assert "style" not in attributes and not any(n.startswith("on") for n in attributes)
+        alts = [picture["alt"] for picture in parsed.all("img")]
         text = "\n".join(parsed.texts)
         for name, split in schema.splits.items():
             assert name in text and f"{split.pixels:,}" in text
         assert all(name in text for name in (*schema.classes, *schema.bands))
         for examples in glance.examples.values():
-            assert all(any(one.key in alt for alt in parsed.alts) for one in examples)
+            assert all(any(one.key in alt for alt in alts) for one in examples)
     assert "<b>weeds" not in dataset_page(inspect_dataset(farm), look_over(farm, Schema.read(farm)))
     assert "Where it lies" not in text  # nobody knows of tiles from Agriculture-Vision
 
@@ -147,7 +130,7 @@ def test_damage_is_named_on_the_page(dataset: Path, tmp_path: Path) -> None:
     key = shard.key(1)
     out = tmp_path / "page.html"
     assert main(["inspect", str(folder), "--verify", "--page", str(out)]) == 2
-    text = "\n".join(Parsed(out.read_text()).texts)
+    text = "\n".join(Parsed(out.read_bytes()).texts)
     assert key in text and "1 damages" in text and "--repair" in text
     (folder / "val" / "00000.tar").unlink()
     assert main(["inspect", str(folder), "--page", str(out)]) == 2

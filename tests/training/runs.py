@@ -59,7 +59,7 @@ _NOT_COMPARED = {
     "megapixels_per_second",
     "waiting_share",
     "memory_gib",
-    "gpus",
+    "gpu",
 }
 
 
