@@ -100,7 +100,10 @@ def _child(
     disturbance: Disturbance | None,
     hook: Callable[[int], None] | None,
 ) -> None:
+    from agrivision.data import staging
+
     os.environ.update(environment)
+    staging.RESERVED_SHARE = 0.0  # how full this machine's disk is, is no part of a test
     if disturbance is not None:
         _install(disturbance)
     if hook is not None:
