@@ -1,6 +1,6 @@
 """A batch and its samples' generators → a batch the network can take, on the device.
 
-Every random choice is drawn from a generator of its own for (seed, epoch, tile), so that a sample is
+Every random choice is drawn from a generator of its own for (seed, epoch, sample), so that a sample is
 changed in the same way whatever rank, thread or batch it is met in.
 """
 
@@ -8,99 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from agrivision.config import AugmentConfig
+from agrivision.data.growing import GrowingCrop
+from agrivision.data.normalise import Normaliser
 from agrivision.data.order import Stream, generator
-from agrivision.data.schema import Schema
 
-
-@dataclass(frozen=True, kw_only=True)
-class Normaliser:
-    """Pixels → what the network sees: less a mean, divided by a deviation, empty pixels zero.
-
-    Attributes:
-        mean: by band, in the units of the pixels.
-        std: by band; 0 is taken as 1, so that a band that never varies is only centred.
-        nodata: a pixel with this value in all bands is empty; None where there is none.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    nodata: float | None = None
-
-    @classmethod
-    def of(cls, schema: Schema, how: Literal["bands", "range"]) -> Normaliser:
-        """From the statistics of a data set.
-
-        Args:
-            schema: of the data set.
-            how: see `DataConfig.normalisation`.
-        """
-        known = schema.statistics
-        if how == "bands":
-            return cls(mean=known.mean, std=known.std, nodata=schema.nodata)
-        largest = max(map(abs, (*known.minimum, *known.maximum)))
-        bands = len(schema.bands)
-        return cls(mean=(0.0,) * bands, std=(float(largest),) * bands, nodata=schema.nodata)
-
-    def __call__(
-        self,
-        images: torch.Tensor,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Normalise pixels, and change their radiometry in the same pass.
-
-        Args:
-            images: (batch, bands, height, width) of any type, best in channels-last memory.
-            gain: (batch, bands) float32, a factor of the normalised bands; None for 1.
-            shift: (batch, 1) float32, added after that; None for 0.
-
-        Returns:
-            float32 of the same shape in channels-last memory, never the memory of `images`. NaN and
-            infinite values, and empty pixels, are 0.
-        """
-        pixels = images.permute(0, 2, 3, 1).contiguous()
-        mean, std = (
-            torch.tensor(by_band, device=pixels.device) for by_band in (self.mean, self._spread)
-        )
-        factor = 1 / std.unsqueeze(0) if gain is None else gain / std
-        offset = -mean * factor if shift is None else shift - mean * factor
-        normal = _scaled(pixels, factor, offset)
-        if self.nodata is not None:
-            normal.masked_fill_((pixels == self.nodata).all(dim=-1, keepdim=True), 0.0)
-        if pixels.dtype.is_floating_point:
-            normal.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        return normal.permute(0, 3, 1, 2)
-
-    @property
-    def _spread(self) -> tuple[float, ...]:
-        return tuple(value or 1.0 for value in self.std)
-
-
-def _scaled(pixels: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """`pixels * factor + offset` in one pass.
-
-    A row of pixels is one long row of numbers to it, with the bands' factors repeated: a loop over a
-    handful of bands at a time is several times slower.
-
-    Args:
-        pixels: (batch, height, width, bands), contiguous.
-        factor: (batch or 1, bands) float32.
-        offset: like `factor`.
-    """
-    batch, height, width, bands = pixels.shape
-    rows = pixels.reshape(batch, height, width * bands)
-    rows = rows if rows.dtype == torch.uint8 else rows.to(torch.float32)
-    repeated = (part.repeat(1, width).unsqueeze(1) for part in (offset, factor))
-    start, factors = repeated
-    return torch.addcmul(start, rows, factors).view(batch, height, width, bands)
+_POINTS = 3  # of a side of the grid that bends a sample, as in the UNet's paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +34,11 @@ class Draw:
         column: decides the left edge of the crop, 0 … 1.
         scale: factor by which the sample is enlarged.
         angle: degrees by which it is turned.
-        shift: added to the normalised bands.
+        shift: added to each normalised band.
         gain: factor of each band.
+        bend: displacements of a grid of 3 x 3 points over the crop, in pixels, down and to the right:
+            (2, 3, 3); None where nothing is bent.
+        focus: row and column of a pixel of the tile that the crop must hold; None: it may lie anywhere.
     """
 
     mirror: bool
@@ -124,15 +47,21 @@ class Draw:
     column: float
     scale: float
     angle: float
-    shift: float
+    shift: tuple[float, ...]
     gain: tuple[float, ...]
+    bend: NDArray[np.float64] | None = None
+    focus: tuple[int, int] | None = None
 
 
-def draw(config: AugmentConfig, bands: int, seed: int, epoch: int, tile: int) -> Draw:
+def draw(config: AugmentConfig, bands: int, seed: int, epoch: int, sample: int) -> Draw:
     """Draw a sample's changes; all numbers are drawn whether used or not, in a fixed order."""
-    random = generator(seed, Stream.AUGMENT, epoch, tile).random(8 + bands)
+    numbers = generator(seed, Stream.AUGMENT, epoch, sample)
+    random = numbers.random(8 + bands)
     symmetric = 2 * random - 1  # -1 … 1
+    by_band = 2 * numbers.random(bands) - 1
+    bend = config.elastic * numbers.standard_normal((2, _POINTS, _POINTS))
     contrast = 1 + config.contrast * symmetric[7]
+    shift = config.brightness * symmetric[6] + config.band_shift * by_band
     return Draw(
         mirror=config.flip and bool(random[0] < 0.5),
         turns=int(random[1] * 4) if config.rotate90 else 0,
@@ -140,8 +69,9 @@ def draw(config: AugmentConfig, bands: int, seed: int, epoch: int, tile: int) ->
         column=float(random[3]),
         scale=float((1 + config.scale) ** symmetric[4]),
         angle=float(config.rotate * symmetric[5]),
-        shift=float(config.brightness * symmetric[6]),
+        shift=tuple(shift.tolist()),
         gain=tuple((contrast * (1 + config.band_gain * symmetric[8:])).tolist()),
+        bend=bend if config.elastic else None,
     )
 
 
@@ -154,15 +84,24 @@ class Augment:
         normaliser: of the data set.
         crop: side of the crop in pixels; None keeps the tiles whole.
         seed: of the run.
+        growing: has the side of the crop where it depends on the epoch, `crop` being the largest.
     """
 
     config: AugmentConfig
     normaliser: Normaliser
     crop: int | None
     seed: int
+    growing: GrowingCrop | None = None
 
     def __call__(
-        self, planes: Sequence[torch.Tensor], labels: torch.Tensor, epoch: int, tiles: Sequence[int]
+        self,
+        planes: Sequence[torch.Tensor],
+        labels: torch.Tensor,
+        epoch: int,
+        samples: Sequence[int],
+        *,
+        focus: Sequence[tuple[int, int] | None] | None = None,
+        statistics: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Change a batch.
 
@@ -170,70 +109,92 @@ class Augment:
             planes: (batch, side, side, bands) each, as decoded; together they have all bands.
             labels: (batch, side, side) label bits, int16 or int32.
             epoch: of the batch.
-            tiles: their numbers in the split.
+            samples: their numbers in the epoch.
+            focus: of each sample, row and column of a pixel of its tile that the crop must hold; None
+                where it may lie anywhere.
+            statistics: (batch, 2, channels) float32 on the device, of the samples' fields, where the
+                normaliser wants those.
 
         Returns:
-            images (batch, bands, crop, crop) float32, normalised, in channels-last memory, and
+            images (batch, channels, crop, crop) float32, normalised, in channels-last memory, and
             labels (batch, crop, crop) int32, bits 0 … 15; pixels from outside of a tile are invalid.
         """
         bands = sum(plane.shape[-1] for plane in planes)
-        draws = [draw(self.config, bands, self.seed, epoch, tile) for tile in tiles]
+        places = focus or [None] * len(samples)
+        draws = [
+            replace(draw(self.config, bands, self.seed, epoch, sample), focus=place)
+            for sample, place in zip(samples, places, strict=True)
+        ]
         gain, shift = self._radiometry(draws, planes[0].device)
-        if self.config.scale or self.config.rotate:
-            joined = torch.cat([plane.to(torch.float32) for plane in planes], dim=-1)
+        side = self.side(epoch, labels.shape[-1])
+        if statistics is None and self.normaliser.scope != "data":
+            statistics = self.normaliser.statistics(_joined(planes))  # of the tiles, before any cut
+        if self.config.scale or self.config.rotate or self.config.elastic:
             # What a warp moves in from outside is zero, as empty pixels are once they are normalised.
-            images = self.normaliser(joined.permute(0, 3, 1, 2), gain, shift)
-            changed, bits = self._warp(images, _bits(labels), draws)
+            images = self.normaliser(_joined(planes), gain, shift, statistics)
+            changed, bits = _warp(images, _bits(labels), draws, side)
             return changed.contiguous(memory_format=torch.channels_last), bits
-        pixels, cut = self._cut(planes, labels, draws)
-        return self.normaliser(pixels.permute(0, 3, 1, 2), gain, shift), _bits(cut)
+        pixels, cut = _cut(planes, labels, draws, side)
+        return self.normaliser(pixels.permute(0, 3, 1, 2), gain, shift, statistics), _bits(cut)
 
     def _radiometry(
         self, draws: Sequence[Draw], device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gain (batch, bands) and shift (batch, 1), or None where neither changes anything."""
-        if not (self.config.brightness or self.config.contrast or self.config.band_gain):
+        """Gain and shift (batch, bands), or None where neither changes anything."""
+        how = self.config
+        if not (how.brightness or how.contrast or how.band_gain or how.band_shift):
             return None, None
         gain = torch.tensor([one.gain for one in draws]).to(device, non_blocking=True)
-        shift = torch.tensor([[one.shift] for one in draws]).to(device, non_blocking=True)
+        shift = torch.tensor([one.shift for one in draws]).to(device, non_blocking=True)
         return gain, shift
 
-    def _side(self, tile_side: int) -> int:
-        return tile_side if self.crop is None else min(self.crop, tile_side)
+    def side(self, epoch: int, tile_side: int) -> int:
+        """Pixels along the edge of an image as the network sees it in an epoch."""
+        crop = self.crop if self.growing is None else self.growing.at(epoch)
+        return tile_side if crop is None else min(crop, tile_side)
 
-    def _cut(
-        self, planes: Sequence[torch.Tensor], labels: torch.Tensor, draws: Sequence[Draw]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Crops and the eight symmetries, (batch, crop, crop, bands): pixels move, none is computed."""
-        tile_side, bands = planes[0].shape[1], sum(plane.shape[-1] for plane in planes)
-        side = self._side(tile_side)
-        pixels = planes[0].new_empty((len(draws), side, side, bands))
-        bits = labels.new_empty((len(draws), side, side))
-        for sample, one in enumerate(draws):
-            top, left = (_offset(place, tile_side, side) for place in (one.row, one.column))
-            window = (sample, slice(top, top + side), slice(left, left + side))
-            joined = torch.cat([_movable(plane[window]) for plane in planes], dim=-1)
-            _move(_words(joined), _words(_movable(pixels[sample])), one)
-            _move(labels[window], bits[sample], one)
-        return pixels, bits
 
-    def _warp(
-        self, images: torch.Tensor, labels: torch.Tensor, draws: Sequence[Draw]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, with scale and rotation, in one bilinear pass; labels take the nearest pixel."""
-        side = self._side(images.shape[-1])
-        matrices = np.stack([_matrix(one, images.shape[-1], side) for one in draws])
-        grid = _grid(torch.from_numpy(matrices).to(images.device, torch.float32), side)
-        cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        # float32 holds all 16 bits exactly, and outside there is no valid bit.
-        bits = F.grid_sample(
-            labels.unsqueeze(1).to(torch.float32),
-            grid,
-            mode="nearest",
-            padding_mode="zeros",
-            align_corners=False,
-        )
-        return cut, bits.squeeze(1).to(torch.int32)
+def _cut(
+    planes: Sequence[torch.Tensor], labels: torch.Tensor, draws: Sequence[Draw], side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops and the eight symmetries, (batch, side, side, bands): pixels move, none is computed."""
+    tile_side, bands = planes[0].shape[1], sum(plane.shape[-1] for plane in planes)
+    pixels = planes[0].new_empty((len(draws), side, side, bands))
+    bits = labels.new_empty((len(draws), side, side))
+    for sample, one in enumerate(draws):
+        top, left = _corner(one, tile_side, side)
+        window = (sample, slice(top, top + side), slice(left, left + side))
+        joined = torch.cat([_movable(plane[window]) for plane in planes], dim=-1)
+        _move(_words(joined), _words(_movable(pixels[sample])), one)
+        _move(labels[window], bits[sample], one)
+    return pixels, bits
+
+
+def _warp(
+    images: torch.Tensor, labels: torch.Tensor, draws: Sequence[Draw], side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With scale, rotation and bending too, in one bilinear pass; labels take the nearest pixel."""
+    matrices = np.stack([_matrix(one, images.shape[-1], side) for one in draws])
+    grid = _grid(torch.from_numpy(matrices).to(images.device, torch.float32), side)
+    bends = [one.bend for one in draws if one.bend is not None]
+    if bends:
+        shares = torch.from_numpy(np.stack(bends) * (2 / images.shape[-1]))
+        grid = grid + _bent(shares.to(images.device, torch.float32), side)
+    cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    # float32 holds all 16 bits exactly, and outside there is no valid bit.
+    bits = F.grid_sample(
+        labels.unsqueeze(1).to(torch.float32),
+        grid,
+        mode="nearest",
+        padding_mode="zeros",
+        align_corners=False,
+    )
+    return cut, bits.squeeze(1).to(torch.int32)
+
+
+def _joined(planes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All bands as float32, (batch, bands, side, side) in channels-last memory."""
+    return torch.cat([plane.to(torch.float32) for plane in planes], dim=-1).permute(0, 3, 1, 2)
 
 
 def _bits(labels: torch.Tensor) -> torch.Tensor:
@@ -270,6 +231,19 @@ def _move(source: torch.Tensor, target: torch.Tensor, one: Draw) -> None:
     target.copy_(source.flip(flips) if flips else source)
 
 
+def _corner(one: Draw, tile_side: int, side: int) -> tuple[int, int]:
+    """Top and left of the crop in its tile."""
+    shares = one.row, one.column
+    if one.focus is None:
+        top, left = (_offset(share, tile_side, side) for share in shares)
+    else:
+        top, left = (
+            min(max(pixel - int(share * side), 0), tile_side - side)
+            for pixel, share in zip(one.focus, shares, strict=True)
+        )
+    return top, left
+
+
 def _offset(share: float, tile_side: int, side: int) -> int:
     """Where a crop begins, from a number drawn between 0 and 1.
 
@@ -294,7 +268,45 @@ def _grid(matrices: torch.Tensor, side: int) -> torch.Tensor:
     return along_x * columns + along_y * rows + shift
 
 
-def _matrix(one: Draw, tile_side: int, side: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _bent(points: torch.Tensor, side: int) -> torch.Tensor:
+    """Displacements of a coarse grid, interpolated in two cubic passes as in the UNet's paper.
+
+    Args:
+        points: (batch, 2, points, points) float32, down before to the right.
+        side: of the crop in pixels.
+
+    Returns:
+        (batch, side, side, 2), x before y, in the units of `points`.
+    """
+    weights = torch.from_numpy(_cubic(points.shape[-1], side)).to(points.device, torch.float32)
+    # Sums written out: the bits of a matrix product may depend on the batch.
+    rows = torch.zeros(*points.shape[:2], side, points.shape[-1], device=points.device)
+    for k, weight in enumerate(weights.T):
+        rows += weight[:, None] * points[:, :, k, None, :]
+    both = torch.zeros(*points.shape[:2], side, side, device=points.device)
+    for k, weight in enumerate(weights.T):
+        both += weight * rows[..., k, None]
+    return both.flip(1).permute(0, 2, 3, 1)
+
+
+def _cubic(points: int, side: int) -> NDArray[np.float64]:
+    """Weights of points that lie evenly from edge to edge for each pixel's centre, (side, points).
+
+    Cubic convolution (Keys 1981, a = -1/2); beyond the edges the outermost points go on.
+    """
+    position = (np.arange(side) + 0.5) / side * (points - 1)
+    weights = np.zeros((side, points))
+    for step in range(-1, 3):
+        point = np.floor(position) + step
+        distance = np.abs(position - point)
+        near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+        far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+        weight = np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+        np.add.at(weights, (np.arange(side), np.clip(point, 0, points - 1).astype(int)), weight)
+    return weights
+
+
+def _matrix(one: Draw, tile_side: int, side: int) -> NDArray[np.float64]:
     """Output → input coordinates, each -1 … 1 over its image, (2, 3), as `_grid` takes them."""
     turn = math.radians(90 * one.turns + one.angle)
     cos, sin = math.cos(turn), math.sin(turn)
@@ -302,7 +314,7 @@ def _matrix(one: Draw, tile_side: int, side: int) -> np.ndarray[tuple[int, ...],
     rotate = np.array([[cos, -sin], [sin, cos]])
     mirror = np.diag([-1.0 if one.mirror else 1.0, 1.0])
     room = tile_side - side
-    offsets = [_offset(share, tile_side, side) for share in (one.column, one.row)]
-    centre = [(2 * offset - room) / tile_side for offset in offsets]
+    top, left = _corner(one, tile_side, side)
+    centre = [(2 * offset - room) / tile_side for offset in (left, top)]
     linear = mirror @ rotate * (side / tile_side / one.scale)
     return np.concatenate([linear, np.array(centre)[:, None]], axis=1)

@@ -154,6 +154,11 @@ class Frames:
             for part, plane in self._pictures
         ]
 
+    def labels(self, slot: int) -> Labels:
+        """The decoded labels of a slot, (side, side) uint16, in the batch's memory."""
+        labels: Labels = self._labels[slot]
+        return labels
+
     def decode(self, files: Sequence[memoryview], slot: int) -> None:
         """Decode the files of one tile into a slot; those that are where `places` wants them stay.
 

@@ -17,18 +17,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Container, Generator, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal
 
 from agrivision.data.decode import Frames, Layout, Pixels
 from agrivision.data.jpeg_pixels import JpegPixels
+from agrivision.data.labels import Labels
 from agrivision.data.memory import Memory
-from agrivision.data.order import GlobalBatch, Order
+from agrivision.data.order import GlobalBatch, Order, Planned
 from agrivision.data.parts import is_raw
 from agrivision.data.quarantine import Damage, Quarantine, passes
+from agrivision.data.sampling import RareCrops
 from agrivision.data.shards import Scratch, SplitReader
 from agrivision.errors import ConfigurationError, DatasetError
 from agrivision.world import World
@@ -36,6 +38,8 @@ from agrivision.world import World
 _PLANNED = 32  # steps whose tiles are looked up at once
 _PAUSES = (0.1, 0.5, 2.0)  # seconds before a read that was refused is tried again
 _PATIENCE = 10.0  # seconds of such pauses in a batch, about: where all is refused, it passes less soon
+
+Choose = Callable[[int, int, Labels], tuple[int, int] | None]  # of place, tile and labels: row, column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,9 @@ class Batch:
         found: those of them that nobody knew of.
         cut_off: the operating system refused all that was to be read, two tiles or more: it is not the
             tiles that are damaged.
+        samples: numbers of the samples in the epoch; empty in an evaluation.
+        focus: by place, row and column of a pixel that the sample's crop must hold; places that may be
+            cut anywhere are not there.
     """
 
     pixels: Pixels
@@ -61,6 +68,8 @@ class Batch:
     left_out: frozenset[int] = frozenset()
     found: tuple[Damage, ...] = ()
     cut_off: bool = False
+    samples: Sequence[int] = ()
+    focus: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def counted(self) -> list[int]:
@@ -77,6 +86,11 @@ class _Work:
         pixels: the batch's memory.
         own: each thread's own memory.
         skip: numbers of tiles that are not read.
+        choose: the pixel that the crop of a place must hold, or None, of its tile's number and labels.
+
+    Attributes:
+        futures: of the threads that are at it.
+        focus: what was chosen, by place.
     """
 
     def __init__(
@@ -85,9 +99,13 @@ class _Work:
         tiles: Sequence[int],
         pixels: Pixels,
         own: threading.local,
+        *,
         skip: Container[int],
+        choose: Choose | None,
     ) -> None:
         self.futures: Sequence[Future[None]] = ()
+        self.focus: dict[int, tuple[int, int]] = {}
+        self._choose = choose
         self._reader, self._tiles, self._pixels, self._own = reader, tiles, pixels, own
         self._skip = skip
         self._frames = Frames(reader.schema, pixels)
@@ -117,6 +135,9 @@ class _Work:
             self._frames.decode(files, slot)
             if isinstance(self._pixels, JpegPixels):
                 self._pixels.put(files[:-1], slot)
+            chosen = self._choose and self._choose(slot, tile, self._frames.labels(slot))
+            if chosen:
+                self.focus[slot] = chosen
         except DatasetError as error:
             shard, row = self._reader.locate(tile)
             raise DatasetError(f"tile {shard.key(row)} in {shard.path}: {error}") from None
@@ -186,12 +207,14 @@ class _Decoder:
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(threads, "decode") if threads else None
 
-    def start(self, tiles: Sequence[int], skip: Container[int] = ()) -> tuple[Pixels, _Work]:
+    def start(
+        self, tiles: Sequence[int], skip: Container[int] = (), choose: Choose | None = None
+    ) -> tuple[Pixels, _Work]:
         """Begin with a batch, but for the tiles to skip."""
         pixels = self._layout.pixels(self._memory.lease()).part(slice(len(tiles)))
         if self._files:
             pixels = JpegPixels.of(pixels, self._reader.schema)
-        work = _Work(self._reader, tiles, pixels, self._own, skip)
+        work = _Work(self._reader, tiles, pixels, self._own, skip=skip, choose=choose)
         if self._pool is None:
             work.run()
         else:
@@ -219,6 +242,7 @@ class TrainLoader:
         pinned: batches in page-locked memory, for a GPU.
         decoder: `gpu` leaves JPEG files to the device that a batch goes to (`Pixels.to`); see
             `agrivision.data.jpeg_pixels.check_decoder` for where that is possible.
+        crops: where some samples are cut; None leaves it to whoever cuts them.
 
     Raises:
         ConfigurationError: more ranks than samples in a batch.
@@ -234,6 +258,7 @@ class TrainLoader:
         prefetch: int = 2,
         pinned: bool = False,
         decoder: Literal["cpu", "gpu"] = "cpu",
+        crops: RareCrops | None = None,
     ) -> None:
         if order.batch_size < world.size:
             raise ConfigurationError(
@@ -256,7 +281,8 @@ class TrainLoader:
             pinned=pinned,
             files=decoder == "gpu",
         )
-        self._planned: deque[tuple[GlobalBatch, list[int]]] = deque()
+        self._crops = crops
+        self._planned: deque[Planned] = deque()
         self._pending: deque[tuple[Batch, _Work]] = deque()
 
     def isolate(self, quarantine: Quarantine, together: int) -> None:
@@ -299,6 +325,7 @@ class TrainLoader:
         self._pending.popleft()
         assert batch.whole is not None
         self._cursor = batch.whole.next_cursor
+        batch = replace(batch, focus=work.focus)
         return batch if self._quarantine is None else self._without(batch, failed, self._quarantine)
 
     def without(self, batch: Batch, failed: dict[int, DatasetError]) -> Batch:
@@ -329,13 +356,27 @@ class TrainLoader:
 
     def _start_one(self) -> None:
         mine = self.order.share(self.world.rank, self.world.size)
-        if not self._planned or self._planned[0][0].cursor != self._ahead:
+        if not self._planned or self._planned[0].batch.cursor != self._ahead:
             self._planned = deque(self.order.ahead(self._ahead, mine, _PLANNED))
-        whole, tiles = self._planned.popleft()
+        planned = self._planned.popleft()
+        whole, tiles = planned.batch, planned.tiles
         count = min(max(whole.count - mine.start, 0), len(tiles))
-        pixels, work = self._decoder.start(tiles, () if self._quarantine is None else self._quarantine)
-        self._pending.append((Batch(pixels=pixels, tiles=tiles, count=count, whole=whole), work))
+        skip = () if self._quarantine is None else self._quarantine
+        pixels, work = self._decoder.start(tiles, skip, self._choice(planned))
+        batch = Batch(pixels=pixels, tiles=tiles, count=count, whole=whole, samples=planned.samples)
+        self._pending.append((batch, work))
         self._ahead = whole.next_cursor
+
+    def _choice(self, planned: Planned) -> Choose | None:
+        if self._crops is None:
+            return None
+        crops, reader, epoch = self._crops, self.reader, planned.batch.epoch
+
+        def choose(place: int, tile: int, labels: Labels) -> tuple[int, int] | None:
+            shard, row = reader.locate(tile)
+            return crops.pixel(labels, shard.index["pixels"][row], epoch, planned.samples[place])
+
+        return choose
 
     def _discard(self) -> None:
         for _, work in self._pending:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ class Stream(IntEnum):
     ORDER = 1
     AUGMENT = 2
     DROPOUT = 3
+    REPEAT = 4
+    CROP = 5
 
 
 def generator(seed: int, stream: Stream, major: int, minor: int = 0) -> np.random.Generator:
@@ -158,6 +161,28 @@ class GlobalBatch:
         return self.cursor + self.count
 
 
+class Expansion(Protocol):
+    """Samples of an epoch that are not simply its tiles."""
+
+    def tiles(self, samples: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """The tiles of some samples, each below the order's size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Some places of a batch.
+
+    Attributes:
+        batch: the whole batch.
+        samples: numbers in the epoch, which no two of an epoch share.
+        tiles: numbers in the split.
+    """
+
+    batch: GlobalBatch
+    samples: list[int]
+    tiles: list[int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The line of samples of a run.
@@ -166,11 +191,12 @@ class Order:
     permuted split. Ranks have contiguous parts of every batch, so each meets few windows at a time.
 
     Attributes:
-        size: tiles in the training split.
+        size: samples in an epoch: the tiles of the training split, or what `repeats` makes of them.
         batch_size: samples of a step over all ranks.
         seed: of the run.
         window: tiles are mixed within windows of about so many; None mixes all of them.
         unit: samples that a rank's part of a batch consists of whole numbers of; the last may be less.
+        repeats: which tile a sample is of; None: each tile is one sample, of the same number.
     """
 
     size: int
@@ -178,6 +204,7 @@ class Order:
     seed: int
     window: int | None = None
     unit: int = 1
+    repeats: Expansion | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -214,9 +241,10 @@ class Order:
             batch: as from `batch`.
             places: which of its samples; None for all.
         """
-        return self._at(self._positions(batch, places or slice(None)), batch.epoch)
+        samples = self._at(self._positions(batch, places or slice(None)), batch.epoch)
+        return self._tiles(samples, batch.epoch)
 
-    def ahead(self, cursor: int, places: slice, steps: int) -> list[tuple[GlobalBatch, list[int]]]:
+    def ahead(self, cursor: int, places: slice, steps: int) -> list[Planned]:
         """The next batches, and the tiles at some places of each: as `batch` and `tiles`, at once.
 
         Numpy takes nearly as long for one step's positions as for those of thirty.
@@ -229,13 +257,22 @@ class Order:
         batches = [self.batch(cursor)]
         while len(batches) < steps:
             batches.append(self.batch(batches[-1].next_cursor))
-        planned: list[tuple[GlobalBatch, list[int]]] = []
+        planned: list[Planned] = []
         for epoch, some in itertools.groupby(batches, key=lambda batch: batch.epoch):
             same = list(some)
             positions = np.stack([self._positions(batch, places) for batch in same])
-            tiles = self._at(positions.reshape(-1), epoch).reshape(positions.shape)
-            planned += [(batch, row.tolist()) for batch, row in zip(same, tiles, strict=True)]
+            samples = self._at(positions.reshape(-1), epoch)
+            tiles = self._tiles(samples, epoch).reshape(positions.shape)
+            planned += [
+                Planned(batch=batch, samples=own.tolist(), tiles=theirs.tolist())
+                for batch, own, theirs in zip(
+                    same, samples.reshape(positions.shape), tiles, strict=True
+                )
+            ]
         return planned
+
+    def _tiles(self, samples: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        return samples if self.repeats is None else self.repeats.tiles(samples, epoch)
 
     def _positions(self, batch: GlobalBatch, places: slice) -> NDArray[np.int64]:
         """Positions in the epoch; what fills up its last batch is taken from its beginning."""
@@ -244,7 +281,7 @@ class Order:
         return np.arange(first + start, first + stop, dtype=np.int64) % self.size
 
     def _at(self, positions: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Tiles at positions of an epoch."""
+        """Samples at positions of an epoch."""
         if self.window is None:
             return permuted(positions, self.size, self.seed, epoch)
         return windowed(self._in_lanes(positions), self.size, self.window, self.seed, epoch)

@@ -361,7 +361,7 @@ class _Task:
         maker = ShardMaker(
             reader=self.source.reader,
             workplace=self.workplace,
-            bands=len(self.source.bands),
+            bands=tuple(self.source.bands),
             classes=len(self.source.classes),
             strict=self.options.strict,
         )

@@ -204,7 +204,7 @@ class _Task:
         maker = ShardMaker(
             reader=self.source.reader,
             workplace=self.place,
-            bands=len(self.source.bands),
+            bands=tuple(self.source.bands),
             classes=len(self.source.classes),
             strict=False,
         )

@@ -20,7 +20,7 @@ from agrivision import __version__
 from agrivision.data.schema import ShardInfo
 from agrivision.data.shards import Record, write_shard
 from agrivision.data.sources.source import Flaw, Problem, Read, Reference, TileReader
-from agrivision.data.statistics import Sums, add_up
+from agrivision.data.statistics import Sums, add_up, channel_moments
 from agrivision.data.workplace import Workplace
 from agrivision.errors import SourceError
 
@@ -32,14 +32,14 @@ class ShardMaker:
     Attributes:
         reader: reads the source's tiles.
         workplace: where the data set grows.
-        bands: number of bands.
+        bands: names of the bands.
         classes: number of classes.
         strict: let the first damaged tile end the work.
     """
 
     reader: TileReader
     workplace: Workplace
-    bands: int
+    bands: tuple[str, ...]
     classes: int
     strict: bool
 
@@ -131,14 +131,16 @@ def _make(maker: ShardMaker, job: Job) -> Made:
                 blank += 1
                 continue
             record = tile.record(maker.classes)
-            sums.append(Sums.of(tile.image, tile.labels, record.pixels))
-            yield record
+            of_tile = Sums.of(tile.image, tile.labels, record.pixels)
+            sums.append(of_tile)
+            moments = channel_moments(tile.image, tile.labels, of_tile, maker.bands)
+            yield dataclasses.replace(record, valid=of_tile.pixels, moments=moments)
 
     with maker.reader.reading() as read:
         info = write_shard(maker.workplace.split(job.split), job.name, records(read))
     return Made(
         info=info,
-        sums=add_up(sums, bands=maker.bands, classes=maker.classes),
+        sums=add_up(sums, bands=len(maker.bands), classes=maker.classes),
         blank=blank,
         problems=tuple(problems),
     )

@@ -3,8 +3,10 @@
 `SPLIT/00000.tar` holds for each tile its image files and `KEY.labels.zst`, one after the other; the
 image files are the source's, or `KEY.image.raw`, the pixels as they are in memory.
 `SPLIT/00000.index.npy` is a structured numpy array, one row a tile: key, field, where its files
-begin and how long they are, an XXH3-64 checksum over their bytes, and the tile's valid pixels by
-class. Any tile is one `pread` away, and every read compares the checksum.
+begin and how long they are, an XXH3-64 checksum over their bytes, the tile's valid pixels by class and
+altogether, and of each channel (the bands, then the indices of `agrivision.data.indices` that they
+suffice for) the sum and the sum of squares over these. Any tile is one `pread` away, and every read
+compares the checksum.
 
 Records are read with `preadv` rather than through a memory map: the copy costs little beside decoding,
 and a file that is truncated while it is read gives an error instead of killing the process (SIGBUS).
@@ -56,6 +58,8 @@ _HEADER = threading.Lock()
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 _IN_KEYS = np.zeros(256, np.bool_)
 _IN_KEYS[[*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"]] = True
+_COLUMNS = ("key", "field", "checksum", "offsets", "sizes", "pixels")
+_MOMENTS = ("valid", "moments")
 _V = TypeVar("_V")
 
 
@@ -77,12 +81,17 @@ class Record:
         field: the group that splits keep together: the field, or the scene.
         files: content by extension, image files first and `labels.zst` last.
         pixels: valid pixels by class id, shape (classes,).
+        valid: valid pixels.
+        moments: of each channel the sum and the sum of squares over them; empty where nobody asks:
+            the index has no such columns then, as those of earlier versions.
     """
 
     key: str
     field: str
     files: Mapping[str, bytes]
     pixels: Sequence[int]
+    valid: int = 0
+    moments: Sequence[tuple[float, float]] = ()
 
 
 def write_shard(folder: Path, name: str, records: Iterable[Record]) -> ShardInfo | None:
@@ -149,22 +158,30 @@ def _row(record: Record, starts: list[int]) -> tuple[Any, ...]:
         checksum.update(content)
     sizes = [len(content) for content in record.files.values()]
     key, field = record.key.encode(), record.field.encode()
-    return key, field, checksum.intdigest(), starts, sizes, record.pixels
+    row = (key, field, checksum.intdigest(), starts, sizes, record.pixels)
+    return (*row, record.valid, record.moments) if record.moments else row
 
 
 def _index_type(rows: Sequence[tuple[Any, ...]]) -> np.dtype[np.void]:
-    keys, fields, _, offsets, _, pixels = zip(*rows, strict=True)
-    files, classes = len(offsets[0]), len(pixels[0])
-    return np.dtype(
-        [
-            ("key", f"S{max(map(len, keys))}"),
-            ("field", f"S{max(map(len, fields)) or 1}"),
-            ("checksum", "<u8"),
-            ("offsets", "<u8", (files,)),
-            ("sizes", "<u4", (files,)),
-            ("pixels", "<u4", (classes,)),
-        ]
-    )
+    keys, fields, _, offsets, _, pixels, *more = zip(*rows, strict=True)
+    widths = max(map(len, keys)), max(map(len, fields)) or 1
+    channels = len(more[1][0]) if more else 0
+    return _type_of(*widths, files=len(offsets[0]), classes=len(pixels[0]), channels=channels)
+
+
+def _type_of(key: int, field: int, *, files: int, classes: int, channels: int) -> np.dtype[np.void]:
+    """Of an index: bytes of a key and of a field, and how many there are of the others."""
+    columns: list[Any] = [
+        ("key", f"S{key}"),
+        ("field", f"S{field}"),
+        ("checksum", "<u8"),
+        ("offsets", "<u8", (files,)),
+        ("sizes", "<u4", (files,)),
+        ("pixels", "<u4", (classes,)),
+    ]
+    if channels:
+        columns += [("valid", "<u4"), ("moments", "<f8", (channels, 2))]
+    return np.dtype(columns)
 
 
 class Scratch:
@@ -377,20 +394,16 @@ def _npy_header(content: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype[An
 
 def _check_type(dtype: np.dtype[Any]) -> None:
     """Raise ValueError unless this is the type of an index, see `_index_type`."""
-    if dtype.names != ("key", "field", "checksum", "offsets", "sizes", "pixels"):
+    if dtype.names not in (_COLUMNS, _COLUMNS + _MOMENTS):
         raise ValueError("other columns")
     files, classes = dtype["offsets"].shape, dtype["pixels"].shape
     if len(files) != 1 or len(classes) != 1 or files[0] < 1:
         raise ValueError("columns of another shape")
-    wanted = [
-        ("key", f"S{dtype['key'].itemsize}"),
-        ("field", f"S{dtype['field'].itemsize}"),
-        ("checksum", "<u8"),
-        ("offsets", "<u8", files),
-        ("sizes", "<u4", files),
-        ("pixels", "<u4", classes),
-    ]
-    if dtype != np.dtype(wanted):
+    channels = dtype["moments"].shape if _MOMENTS[-1] in dtype.names else (0, 2)
+    if len(channels) != 2:
+        raise ValueError("columns of another shape")
+    widths = dtype["key"].itemsize, dtype["field"].itemsize
+    if dtype != _type_of(*widths, files=files[0], classes=classes[0], channels=channels[0]):
         raise ValueError("columns of other types")
     if not (1 <= dtype["key"].itemsize <= MAX_KEY and 1 <= dtype["field"].itemsize <= _MOST_FIELD):
         raise ValueError("columns of another width")
@@ -413,6 +426,9 @@ def _what_is_wrong(index: NDArray[np.void], size: int, most: int) -> str:
         return "its files end beyond the shard"
     if index["sizes"].sum(axis=1, dtype=np.uint64).max(initial=0) > most:
         return f"a record takes more than {most} bytes"
+    names = index.dtype.names or ()
+    if "moments" in names and not np.isfinite(index["moments"]).all():
+        return "a tile's sums are not finite"
     return ""
 
 
@@ -543,6 +559,15 @@ class SplitReader:
     def _index(self, number: int) -> NDArray[np.void]:
         info, files, most = self.split.shards[number], len(self.schema.parts) + 1, self._most
         return self._indexes.get(number, lambda: _read_index(self._folder, info, files, most))
+
+    def indexes(self) -> Iterator[NDArray[np.void]]:
+        """The index of every shard in order; see the module.
+
+        Raises:
+            DatasetError: one cannot be read.
+        """
+        for number in range(len(self.split.shards)):
+            yield self._index(number)
 
     def key(self, tile: int) -> str:
         """Key of a tile."""

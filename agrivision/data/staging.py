@@ -28,6 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from agrivision.data.schema import FILE_NAME, Schema, ShardInfo
 from agrivision.data.shards import Scratch, Shard, SplitReader
@@ -47,12 +51,16 @@ from agrivision.storage import (
 )
 from agrivision.world import expand_variables
 
+RESERVED_SHARE = 0.05  # of a disk: stays free for the node's other users
+
 # tmpfs is missing: what lies there counts as the job's memory. So are all network file systems.
 _DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay"}
 _MOUNTS = Path("/proc/self/mountinfo")
 _THREADS = 4  # one stream does not fill a parallel file system's line
 _COPY_BYTES = 8 << 20
 _TURN_SECONDS = 0.2
+
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -108,14 +116,21 @@ class StagedSplit(SplitReader):
             self._give_up(shard.path.stem, error)
         return self._shared.read(tile, into, scratch)
 
+    def _index(self, number: int) -> NDArray[np.void]:
+        return self._either(number, super()._index, self._shared._index)
+
     def _shard(self, number: int) -> Shard:
+        return self._either(number, super()._shard, self._shared._shard)
+
+    def _either(self, number: int, own: Callable[[int], _T], shared: Callable[[int], _T]) -> _T:
+        """From the copy of a shard, or, once that was found damaged, from the shared one."""
         name = self.split.shards[number].name
         if name not in self._given_up:
             try:
-                return super()._shard(number)
+                return own(number)
             except DatasetError as error:
                 self._give_up(name, error)
-        return self._shared._shard(number)
+        return shared(number)
 
     def _give_up(self, name: str, error: DatasetError) -> None:
         self._given_up.add(name)
@@ -361,9 +376,9 @@ def _sizes(folder: Path, schema: Schema, splits: Sequence[str]) -> dict[Path, in
 
 
 def _check_room(place: Path, needed: int) -> None:
-    """Refuse to fill the disk: a twentieth of it stays free for the node's other users."""
+    """Refuse to fill the disk: a part of it stays free for the node's other users."""
     disk = os.statvfs(place)
-    free, reserve = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize // 20
+    free, reserve = disk.f_bavail * disk.f_frsize, int(disk.f_blocks * disk.f_frsize * RESERVED_SHARE)
     if needed + reserve > free:
         raise StorageError(
             f"{place} has {free / 1e6:,.1f} MB free; the copy takes {needed / 1e6:,.1f} MB,"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
+from agrivision.data.indices import indices_of, places, sums_of_index
 from agrivision.data.labels import Labels, valid_mask
 from agrivision.data.schema import BandStatistics
 from agrivision.data.tile import Image
@@ -131,6 +132,27 @@ class Sums:
             class_pixels=tuple(map(int, content["class_pixels"])),
             class_tiles=tuple(map(int, content["class_tiles"])),
         )
+
+
+def channel_moments(
+    image: Image, labels: Labels, sums: Sums, bands: Sequence[str]
+) -> list[tuple[float, float]]:
+    """Sum and sum of squares of each channel over the valid pixels of a tile.
+
+    Channels are the bands, then the indices that they suffice for.
+
+    Args:
+        image: shape (bands, height, width), as in `Sums.of`.
+        labels: likewise.
+        sums: over the tile.
+        bands: their names.
+    """
+    valid = valid_mask(labels)
+    names = indices_of(bands)
+    of_indices = (
+        sums_of_index(image[first], image[second], valid) for first, second in places(names, bands)
+    )
+    return [*((float(band.total), float(band.squares)) for band in sums.bands), *of_indices]
 
 
 def add_up(sums: Iterable[Sums], *, bands: int, classes: int) -> Sums:

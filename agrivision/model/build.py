@@ -13,7 +13,7 @@ def build_model(config: ModelConfig, bands: int, classes: int) -> UNet | Encoder
     Args:
         config: which network. For weights that come from a checkpoint, replace `encoder_weights`
             by None: the file is read here, and need not exist where the checkpoint is used.
-        bands: of the images.
+        bands: channels of the images, indices that follow the bands included.
         classes: of the logits.
 
     Raises:
@@ -28,7 +28,10 @@ def build_model(config: ModelConfig, bands: int, classes: int) -> UNet | Encoder
             base_channels=config.base_channels,
             up=config.up,
             norm=config.norm,
+            block=config.block,
+            attention=config.attention,
             dropout=config.dropout,
+            deep_supervision=config.deep_supervision,
         )
     return UNet(
         bands,
@@ -38,5 +41,8 @@ def build_model(config: ModelConfig, bands: int, classes: int) -> UNet | Encoder
         convolution=config.convolution,
         up=config.up,
         norm=config.norm,
+        block=config.block,
+        attention=config.attention,
         dropout=config.dropout,
+        deep_supervision=config.deep_supervision,
     )

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agrivision.config import AugmentConfig
-from agrivision.data.augment import Augment, Draw, Normaliser, _offset, draw
+from agrivision.data.augment import Augment, Draw, _cubic, _offset, draw
 from agrivision.data.labels import VALID_BIT
 from agrivision.data.loader import evaluation_batches
+from agrivision.data.normalise import Normaliser
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.world import World
@@ -157,6 +158,49 @@ def test_a_warp_takes_pixels_and_labels_from_where_geometry_says(side: int, crop
     assert outsiders > 100
 
 
+def keys(distance: float) -> float:
+    """Kernel of cubic convolution, a = -1/2."""
+    x = abs(distance)
+    if x >= 2:
+        return 0.0
+    return 1.5 * x**3 - 2.5 * x**2 + 1 if x <= 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+
+
+def bent(one: Draw, crop: int) -> NDArray[np.float64]:
+    """How far each pixel of a crop is taken from elsewhere, column before row, pixel by pixel."""
+    assert one.bend is not None
+    padded = np.pad(one.bend, ((0, 0), (2, 2), (2, 2)), mode="edge")  # points -2 … 4 of a side
+    moved = np.zeros((2, crop, crop))
+    for row, column in np.ndindex(crop, crop):
+        down, right = ((place + 0.5) / crop * 2 for place in (row, column))
+        for i, j in np.ndindex(7, 7):
+            moved[:, row, column] += padded[::-1, i, j] * keys(down - i + 2) * keys(right - j + 2)
+    return moved
+
+
+@pytest.mark.parametrize(("side", "crop"), [(24, None), (25, 13)])
+def test_a_bend_takes_pixels_and_labels_from_where_its_points_say(side: int, crop: int | None) -> None:
+    config = AugmentConfig(elastic=1.5, scale=0.2)
+    images, labels = positions(12, side)
+    warped, bits = augment(config, crop)(images, labels, 2, list(range(12)))
+    moves = []
+    for slot in range(12):
+        one = draw(config, 2, 5, 2, slot)
+        move = bent(one, crop or side)
+        wanted = where_from(one, side, crop or side) + move
+        inside = ((wanted > 0.01) & (wanted < side - 1.01)).all(axis=0)
+        np.testing.assert_allclose(warped[slot].numpy()[:, inside], wanted[:, inside], atol=1e-3)
+        found = position_of(bits[slot : slot + 1], side)[0].numpy()
+        assert np.abs(found - wanted)[:, inside].max() <= 0.501
+        moves.append(move)
+    assert 0.7 < np.std(moves) < 2  # of points that were drawn with a deviation of 1.5 pixels
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 16, 97])
+def test_a_bend_by_one_vector_is_a_shift(side: int) -> None:
+    np.testing.assert_allclose(_cubic(3, side).sum(axis=1), 1, atol=1e-12)
+
+
 def test_what_a_warp_moves_in_is_the_mean() -> None:
     normaliser = Normaliser(mean=(50.0, 80.0), std=(2.0, 3.0))
     change = augment(AugmentConfig(scale=0.9), None, seed=0, normaliser=normaliser)
@@ -194,7 +238,9 @@ def test_a_crop_reaches_the_edges_of_its_tile_often(side: int, crop: int) -> Non
     assert np.abs(cover - cover[::-1]).max() < 0.02
 
 
-EVERYTHING = AugmentConfig(scale=0.3, rotate=20, brightness=0.2, contrast=0.3, band_gain=0.1)
+EVERYTHING = AugmentConfig(
+    scale=0.3, rotate=20, elastic=1.5, brightness=0.2, contrast=0.3, band_gain=0.1, band_shift=0.1
+)
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(), EVERYTHING], ids=["exact", "warped"])
@@ -241,7 +287,8 @@ def test_the_batch_that_was_given_is_not_changed() -> None:
         {"brightness": 0.3},
         {"contrast": 0.4},
         {"band_gain": 0.2},
-        {"brightness": 0.3, "contrast": 0.4, "band_gain": 0.2},
+        {"band_shift": 0.1},
+        {"brightness": 0.3, "contrast": 0.4, "band_gain": 0.2, "band_shift": 0.1},
     ],
     ids=str,
 )
@@ -254,14 +301,15 @@ def test_radiometry_is_what_was_drawn(geometry: dict[str, float], strength: dict
     assert torch.equal(bits, changed_bits)
     draws = [draw(config, 2, 5, 1, tile) for tile in range(50)]
     for slot, one in enumerate(draws):
-        expected = plain[slot] * torch.tensor(one.gain).view(2, 1, 1) + one.shift
+        shift = torch.tensor(one.shift).view(2, 1, 1)
+        expected = plain[slot] * torch.tensor(one.gain).view(2, 1, 1) + shift
         # Next to what a warp moved in, or may have beyond the edge, a pixel is part of both.
         inside = F.pad(F.max_pool2d((bits[slot] == 0).float()[None], 3, 1)[0] == 0, (1, 1, 1, 1))
         inside |= not geometry
         torch.testing.assert_close(changed[slot][:, inside], expected[:, inside], atol=1e-6, rtol=1e-6)
     shifts = np.array([one.shift for one in draws])
     gains = np.array([one.gain for one in draws])
-    assert np.abs(shifts).max() <= strength.get("brightness", 0)
+    assert np.abs(shifts).max() <= strength.get("brightness", 0) + strength.get("band_shift", 0)
     widest = (1 + strength.get("contrast", 0)) * (1 + strength.get("band_gain", 0))
     assert gains.max() <= widest
     if "brightness" in strength:
@@ -270,6 +318,8 @@ def test_radiometry_is_what_was_drawn(geometry: dict[str, float], strength: dict
         assert (gains[:, 0] != gains[:, 1]).all()
     else:
         assert (gains[:, 0] == gains[:, 1]).all()
+    by_band = shifts[:, 0] != shifts[:, 1]
+    assert by_band.all() if "band_shift" in strength else not by_band.any()
 
 
 @settings(max_examples=40)
@@ -286,7 +336,7 @@ def test_draws_stay_within_their_bounds(scale: float, rotate: float, tile: int, 
     assert one.turns in range(4)
     assert 0 <= one.row < 1
     assert 0 <= one.column < 1
-    assert one.shift == 0
+    assert one.shift == (0.0,) * 4
     assert one.gain == (1.0,) * 4
 
 

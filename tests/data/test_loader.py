@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from agrivision.data.augment import Normaliser
 from agrivision.data.decode import Frames
 from agrivision.data.labels import VALID_BIT
 from agrivision.data.loader import Batch, TrainLoader, evaluation_batches
+from agrivision.data.normalise import Normaliser
 from agrivision.data.order import Order
 from agrivision.data.prepare import PrepareSummary
 from agrivision.data.schema import Schema

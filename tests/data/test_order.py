@@ -101,10 +101,10 @@ def test_what_is_planned_ahead_is_what_comes(
     places = order.share(batch_size // 2, batch_size)
     planned = order.ahead(cursor, places, steps)
     assert len(planned) == steps
-    for batch, tiles in planned:
-        assert batch == order.batch(cursor)
-        assert tiles == order.tiles(batch, places).tolist()
-        cursor = batch.next_cursor
+    for each in planned:
+        assert each.batch == order.batch(cursor)
+        assert each.tiles == each.samples == order.tiles(each.batch, places).tolist()
+        cursor = each.batch.next_cursor
 
 
 def test_a_rank_reads_few_places_of_a_large_split_at_a_time() -> None:

@@ -306,9 +306,10 @@ def test_a_disk_that_fills_up_on_the_way(
     assert left_in(disk) == []
 
 
-def test_a_twentieth_of_the_disk_stays_free(disk: Path) -> None:
+def test_a_part_of_the_disk_stays_free(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "RESERVED_SHARE", 1 / 16)
     status = os.statvfs(disk)
-    most = status.f_bavail * status.f_frsize - status.f_blocks * status.f_frsize // 20
+    most = status.f_bavail * status.f_frsize - status.f_blocks * status.f_frsize // 16
     staging._check_room(disk, most)
     with pytest.raises(StorageError, match="left to others"):
         staging._check_room(disk, most + 1)
@@ -366,22 +367,22 @@ def test_who_waited_hears_why_it_failed_and_does_not_try(
         assert waiting.wait(60)
         raise StorageError("the disk has a bad day")
 
-    monkeypatch.setattr(staging, "_check_room", refuse)
-    monkeypatch.setattr(staging.time, "sleep", lambda _: waiting.set())
-    found: list[Path | None] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(stage(dataset, schema, SPLITS, str(tmp_path))))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (found, len(tries)) == ([None, None], 1)
-    assert all("the disk has a bad day" in line for line in said) and len(said) == 2
-    assert stage(dataset, schema, SPLITS, str(tmp_path), speaks=False) is None
-    assert (len(tries), len(said)) == (2, 2)  # who did not wait tries anew
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_check_room", refuse)
+        patch.setattr(staging.time, "sleep", lambda _: waiting.set())
+        found: list[Path | None] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(stage(dataset, schema, SPLITS, str(tmp_path))))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (found, len(tries)) == ([None, None], 1)
+        assert all("the disk has a bad day" in line for line in said) and len(said) == 2
+        assert stage(dataset, schema, SPLITS, str(tmp_path), speaks=False) is None
+        assert (len(tries), len(said)) == (2, 2)  # who did not wait tries anew
     assert stage_here(dataset, tmp_path) is not None
 
 

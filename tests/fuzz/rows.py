@@ -252,7 +252,7 @@ def note(folder: Path) -> Target:
     place = Workplace(folder / "set")
     place.own("").mkdir(parents=True)
     place.make_folders(["train"])
-    maker = ShardMaker(reader=_Reader(), workplace=place, bands=1, classes=2, strict=False)
+    maker = ShardMaker(reader=_Reader(), workplace=place, bands=("b1",), classes=2, strict=False)
     work = Job(
         split="train", name="00000", references=tuple(Reference(f"t{n}", "f", n) for n in (3, 4))
     )

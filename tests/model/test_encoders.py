@@ -11,7 +11,7 @@ from torch import Tensor
 from agrivision.config import ModelConfig
 from agrivision.errors import ConfigurationError
 from agrivision.model.build import build_model
-from agrivision.model.encoders import EncoderUNet
+from agrivision.model.encoders import EncoderUNet, list_encoders
 from agrivision.model.padding import dense_logits
 
 
@@ -72,10 +72,93 @@ def test_names_are_corrected_and_never_downloaded() -> None:
         EncoderUNet(4, 9, encoder="hf-hub:timm/resnet18.a1_in1k")
 
 
-def test_models_of_a_fixed_size_are_refused() -> None:
+@pytest.mark.parametrize("encoder", ["vit_tiny_patch16_224", "coatnet_pico_rw_224", "hiera_tiny_224"])
+def test_models_of_a_fixed_size_are_refused(encoder: str) -> None:
     pytest.importorskip("timm")
-    with pytest.raises(ConfigurationError, match="cannot be a UNet's encoder"):
-        EncoderUNet(4, 9, encoder="vit_tiny_patch16_224")
+    with pytest.raises(ConfigurationError, match="cannot be a UNet's encoder") as found:
+        EncoderUNet(4, 9, encoder=encoder)
+    assert "\n" not in str(found.value)
+
+
+# The smallest of each family; the windows of MaxViT and Swin make theirs slow.
+FAMILIES = ["resnet10t", "convnext_atto", "efficientnet_lite0", "mobilenetv3_small_050", "regnetx_002"]
+SLOW = ["maxvit_rmlp_pico_rw_256", "swin_tiny_patch4_window7_224", "efficientnet_b0", "regnety_002"]
+
+
+@pytest.mark.parametrize(
+    "encoder", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.faults) for name in SLOW)]
+)
+def test_the_stem_of_every_family_is_widened(encoder: str, tmp_path: Path) -> None:
+    """From the weights of the whole model; all but the stem are taken as they are."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(5)
+    save_file(timm.create_model(encoder, pretrained=False).state_dict(), tmp_path / "w.safetensors")
+    three = load(tmp_path / "w.safetensors", 3, encoder).encoder.state_dict()
+    for bands in (4, 6):
+        model = load(tmp_path / "w.safetensors", bands, encoder)
+        found = model.encoder.state_dict()
+        (stem,) = [name for name in found if found[name].shape != three[name].shape]
+        assert all(torch.equal(found[name], three[name]) for name in three if name != stem)
+        mean, colours = three[stem].mean(1, keepdim=True), three[stem]
+        wanted = torch.cat([colours, colours[:, :1], mean, mean], 1)[:, :bands] * 3 / bands
+        torch.testing.assert_close(found[stem], wanted)
+        with torch.no_grad():
+            images = torch.randn(1, bands, model.unit, 2 * model.unit)
+            assert model.eval()(images).shape == (1, 3, model.unit, 2 * model.unit)
+
+
+@torch.no_grad()
+def test_windows_of_a_fixed_size_ask_for_multiples_of_it() -> None:
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = EncoderUNet(4, 3, encoder="maxvit_tiny_tf_224", base_channels=2)
+        assert (model.reduction, model.unit, model.input_size(225)) == (32, 224, 448)
+        assert model(torch.empty(1, 4, 224, 448)).shape == (1, 3, 224, 448)
+        with pytest.raises(ValueError, match="448 x 224 would"):
+            model(torch.empty(1, 4, 256, 224))
+
+
+@torch.no_grad()
+def test_models_that_can_be_told_to_take_any_size_are_told() -> None:
+    """Swin's features have their channels last, and its images a fixed size unless one says so."""
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = EncoderUNet(4, 3, encoder="swin_tiny_patch4_window7_224", base_channels=2)
+        assert model.unit == 32
+        assert model(torch.empty(1, 4, 64, 160)).shape == (1, 3, 64, 160)
+
+
+def test_the_way_up_has_the_options_of_the_unet() -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        encoder="resnet10t",
+        base_channels=4,
+        block="residual",
+        attention="gate",
+        up="pixel_shuffle",
+        deep_supervision=3,
+    )
+    model = build_model(config, 5, 3)
+    images = torch.randn(2, 5, 64, 32)
+    logits = model(images)
+    assert [tuple(each.shape) for each in logits] == [
+        (2, 3, 64 >> level, 32 >> level) for level in range(4)
+    ]
+    torch.stack([each.square().mean() for each in logits]).sum().backward()
+    ours = [(name, p) for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    assert [name for name, p in ours if p.grad is None or not p.grad.any()] == []
+    with torch.no_grad():
+        assert isinstance(model.eval()(images), Tensor)
+    with pytest.raises(ConfigurationError, match=r"model\.deep_supervision is 5.* has 4 coarser"):
+        EncoderUNet(4, 9, encoder="resnet10t", deep_supervision=5)
+
+
+def test_those_that_fit_are_listed() -> None:
+    pytest.importorskip("timm")
+    assert dict(list_encoders("resnet1[048]t")) == {"resnet10t": 32, "resnet14t": 32}
+    assert [name for name, _ in list_encoders("coatnet_pico")] == []
+    assert dict(list_encoders("maxvit_tiny_tf_384")) == {"maxvit_tiny_tf_384": 384}
 
 
 def test_weights_for_as_many_bands_are_taken_as_they_are(

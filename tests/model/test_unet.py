@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agrivision.config import ModelConfig
 from agrivision.model.build import build_model
-from agrivision.model.unet import Bilinear, UNet, double
+from agrivision.model.expansion import Bilinear, double
+from agrivision.model.unet import UNet
 
 
 @contextlib.contextmanager
