@@ -461,6 +461,16 @@ def tidy(
     _remove_leftovers(folder)
 
 
+def first_whole(found: Iterable[Entry], seen: dict[int, bool]) -> int | None:
+    """The step of the first checkpoint that is whole; None where none is.
+
+    Args:
+        found: in the order in which they are wanted.
+        seen: as in `tidy`.
+    """
+    return next((entry.step for entry in found if _is_whole(entry, seen)), None)
+
+
 def _is_whole(entry: Entry, seen: dict[int, bool]) -> bool:
     if entry.step not in seen:
         try:

@@ -258,6 +258,9 @@ def shortened(error: ArgumentError) -> BadInput:
     if key is not None and value is not None:
         if key[1] in _KEYS:
             return ConfigurationError(f"{key[1]} is {value[1].strip()!r}: it must be {_wanted(key[1])}")
+        if nested := re.match(r"NestedArg\(key='(\w+)'", value[1].strip()):
+            # --data.path, where --data takes the path itself.
+            return BadInput(f"unknown option --{key[1]}.{nested[1]} (did you mean --{key[1]}?)")
         kind = re.search(r"<class '(\w+)'>", text)
         if kind is not None and kind[1] in _KINDS:
             return BadInput(f"--{key[1]} is {value[1].strip()!r}: it must be {_KINDS[kind[1]]}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from agrivision.errors import RunMismatch
 from agrivision.fence import Fence, Owner, read_owner
-from agrivision.json_values import entries, parse, share, whole
+from agrivision.json_values import entries, parse, share, text, whole
 from agrivision.ownership import require_own_entries
 from agrivision.storage import make_private, storage_error
 from agrivision.world import World
@@ -96,6 +96,14 @@ class RunDirectory:
                 continue
         return found
 
+    def early_ends(self) -> dict[int, str]:
+        """Why the run ended before its last step, by the step where it did."""
+        found: dict[int, str] = {}
+        for row in self.rows("end"):
+            with suppress(ValueError, KeyError):
+                found[whole(row["step"])] = text(row["reason"])
+        return found
+
     def rows(self, kind: str) -> Iterator[dict[str, Any]]:
         """The rows of `metrics.jsonl` of a kind; torn or foreign ones are passed over.
 
@@ -118,6 +126,11 @@ class RunDirectory:
         """Who may write here."""
         return self.path / "attempt.json"
 
+    @property
+    def lock_file(self) -> Path:
+        """Locked by the process that trains here."""
+        return self.path / ".lock"
+
     @contextmanager
     def held(self, world: World) -> Iterator[Fence]:
         """Hold the directory against a second run that would write the same files.
@@ -134,7 +147,7 @@ class RunDirectory:
             Untrusted: it, or something in it, is somebody else's.
             StorageError, NotWritable: the disk refused.
         """
-        path = self.path / ".lock"
+        path = self.lock_file
         make_private(self.path)
         try:
             require_own_entries(self.path, depth=2)
@@ -194,7 +207,12 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def ranked_steps(scores: Mapping[int, float | None]) -> list[int]:
+    """The steps that have a score, the highest first and the earlier of equals."""
+    scored = {step: score for step, score in scores.items() if score is not None}
+    return sorted(scored, key=lambda step: (-scored[step], step))
+
+
 def best_step(scores: Mapping[int, float | None]) -> int | None:
     """The step with the highest score, the earliest of equals; None where nothing was scored."""
-    scored = {step: score for step, score in scores.items() if score is not None}
-    return max(scored, key=lambda step: (scored[step], -step), default=None)
+    return next(iter(ranked_steps(scores)), None)

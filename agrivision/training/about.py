@@ -13,6 +13,7 @@ import yaml
 
 from agrivision.config import Config, flatten
 from agrivision.data.schema import Schema, Split
+from agrivision.model.losses import parts
 from agrivision.monitor import summaries
 from agrivision.rundir import RunDirectory
 from agrivision.training import provenance
@@ -89,7 +90,7 @@ class About:
         found = [
             summaries.text("config", f"```yaml\n{config}```"),
             summaries.text("data_set", self._data_set()),
-            summaries.layout(_CHARTS),
+            summaries.layout(_charts(parts(self.config.loss))),
             summaries.experiment(values, {"score/miou": "mIoU"} | by_class, _FIRST),
             summaries.session_start(values, self._name, self._began()),
         ]
@@ -141,18 +142,28 @@ def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-_CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
+def _charts(losses: Sequence[str]) -> dict[str, Mapping[str, Sequence[str]]]:
+    """The charts of a run whose loss has these parts."""
+    by_part = {_PARTS[name]: [f"(loss|validation)/{name}$"] for name in losses}
+    return _CHARTS | {_LOSS: by_part}
+
+
+_LOSS = "Loss, training and validation"
+_PARTS = {
+    "total": "Total",
+    "cross_entropy": "Cross-entropy",
+    "dice": "Dice",
+    "lovasz": "Lovász",
+    "pnc": "Positive and negative balance",
+}
+_CHARTS: dict[str, Mapping[str, Sequence[str]]] = {
     "Score": {
         "mIoU": ["score/miou$"],
         "IoU by class": ["iou/"],
         "Precision by class": ["precision/"],
         "Recall by class": ["recall/"],
     },
-    "Loss, training and validation": {
-        "Total": ["(loss|validation)/total$"],
-        "Cross-entropy": ["(loss|validation)/cross_entropy$"],
-        "Dice": ["(loss|validation)/dice$"],
-    },
+    _LOSS: {},  # by its parts, which depend on the run
     "Training": {
         "Learning rate": ["train/learning_rate$"],
         "Gradient norm": ["train/gradient_norm$"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from agrivision.data.augment import Normaliser
+from agrivision.data.fields import fields_of
 from agrivision.data.loader import TrainLoader
 from agrivision.data.quarantine import Damage, most_damaged
 from agrivision.errors import AgrivisionError, Diverged, ExitCode, PeerLost
@@ -19,6 +19,7 @@ from agrivision.inference.trained import Description
 from agrivision.monitor.gpus import Gpus, reader
 from agrivision.phase import moved, phase
 from agrivision.training import provenance
+from agrivision.training.early import exhausted
 from agrivision.training.patience import DiskPatience
 from agrivision.training.profiling import profiled
 from agrivision.training.record import Extremes, Record, write_quarantine
@@ -47,7 +48,8 @@ class Loop:
         self._config, self._run, self._ranks = setting.config, setting.run, setting.ranks
         self._device, self._data, self._stop = setting.device, setting.data, setting.stop
         self._loader, self._trainer, self._record = loader, trainer, record
-        self._normaliser = Normaliser.of(self._data.schema, self._config.data.normalisation)
+        self._normaliser = setting.normaliser
+        self._val_fields = fields_of(self._data.val, self._normaliser.scope)
         main = self._ranks.world.is_main
         self._patience = DiskPatience(
             60 * self._config.training.save_patience_minutes, lambda: self._stop.made
@@ -89,7 +91,7 @@ class Loop:
         if progress.step and not self._evaluate_if_due():  # the attempt before may have missed it
             return self._leave()
         since = time.perf_counter()
-        for step in self._trainer.steps(self._stop, self._clock):
+        for step in () if self._ends_early() else self._trainer.steps(self._stop, self._clock):
             self._profile_step()
             self._slowest_step = max(self._slowest_step, time.perf_counter() - since)
             self._write(step)
@@ -103,6 +105,8 @@ class Loop:
                 raise step.trouble
             if step.stop or not self._evaluate_if_due():
                 return self._leave()
+            if self._ends_early():
+                break
             since = time.perf_counter()
         if self._saved_step != progress.step:
             self._save()
@@ -127,7 +131,8 @@ class Loop:
         if self._config.monitor.log_samples:
             keys = [self._data.train.key(tile) for tile in step.batch.counted]
             self._record.sampled(step.number, whole.epoch, keys)
-        self._record.stepped(whole.count)
+        side = self._trainer.augment.side(whole.epoch, self._data.schema.tile)
+        self._record.stepped(whole.count, side**2)
         if step.number % self._config.monitor.log_every_steps == 0 or self._is_last():
             values = self._look().means | {
                 "learning_rate": step.learning_rate,
@@ -244,7 +249,9 @@ class Loop:
 
     def _states(self) -> Mapping[str, Mapping[str, Any]]:
         """What training needs to go on, and what inference needs besides."""
-        known = Description.of(self._config.model, self._data.schema, self._normaliser)
+        known = Description.of(
+            self._config.model, self._data.schema, self._normaliser, self._config.data.index_names
+        )
         return self._trainer.states() | {"description": known.to_dict()}
 
     def _saved(self, checkpoint: Saved) -> None:
@@ -291,6 +298,22 @@ class Loop:
         self._record.evaluated(step, self._epoch, evaluation, seconds, self._named(extremes))
         return True
 
+    def _ends_early(self) -> bool:
+        """Whether the run ends with the evaluation of this step, as it gets no better."""
+        training, step = self._config.training, self._trainer.progress.step
+        if training.patience is None or not self._evaluation_is_due():
+            return False
+        # All rows are there before they are read, also on a disk that took the last one late.
+        self._on_main(lambda: self._patience.persist(self._record.flush, moved))
+        reason = exhausted(training, self._run.evaluations(), step, self._trainer.total_steps)
+        reason = self._ranks.from_main(reason)
+        if reason is None:
+            return False
+        log.info("%s", reason)
+        if step not in self._run.early_ends():  # an attempt before may have written it
+            self._record.ended_early(step, self._epoch, reason)
+        return True
+
     def _extremes(self, which: Callable[[int, int], list[tuple[int, float]]]) -> Worst:
         """Some tiles of each class, and their IoU."""
         count = self._config.monitor.worst_tiles
@@ -331,6 +354,7 @@ class Loop:
             batch_size=self._config.evaluation.batch_size,
             threads=self._config.data.threads,
             precision=self._config.training.precision,
+            fields=self._val_fields,
             loss=self._trainer.loss,
             curves=self._config.monitor.tensorboard and self._config.monitor.pr_curves,
             allowed=most_damaged(self._config.data.max_damaged_share, len(self._data.val)),
@@ -345,6 +369,7 @@ class Loop:
             self._device,
             count=self._config.monitor.images,
             worst=worst,
+            fields=self._val_fields,
             precision=self._config.training.precision,
         )
 

@@ -12,6 +12,7 @@ from torch import nn
 from agrivision.config import OptimizerConfig
 from agrivision.errors import CheckpointError
 
+_ENCODER = "encoder."  # what the names of a timm encoder's parameters begin with
 _STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
 log = logging.getLogger(__name__)
@@ -23,19 +24,14 @@ class Optimizer:
     Vectors (biases, normalisation) are not decayed: pulling them to zero regularises nothing.
 
     Args:
-        model: whose parameters are optimised, on their device.
+        model: whose parameters are optimised, on their device. What its `encoder` has, if there is one,
+            may learn more slowly.
         config: which algorithm, with which constants.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self._named.values() if p.ndim > 1]
-        vectors = [p for p in self._named.values() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = _groups(self._named, config)
         self._optimizer = _build(groups, config)
         self._clip_norm = config.clip_norm
         self._keys = _STATE_KEYS[config.name]
@@ -57,12 +53,12 @@ class Optimizer:
         """Change the weights.
 
         Args:
-            learning_rate: of this step.
+            learning_rate: of this step; an encoder gets its share of it.
             good: bool scalar where the weights are; if false, nothing changes, and nobody waits for
                 the answer. None is true.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["share"]
         # The fused kernels look at this themselves. It is meant for torch's scaler of losses.
         self._optimizer.found_inf = None if good is None else (~good).float()  # type: ignore[attr-defined]
         self._optimizer.step()
@@ -97,6 +93,20 @@ class Optimizer:
             else:
                 moment = torch.empty_like(parameter)  # the same memory format, hence the same bits
                 self._optimizer.state[parameter][key] = moment.copy_(value)
+
+
+def _groups(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The parameters by what is done to them: which are decayed, and the share of the rate they get."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        slow = config.encoder_lr if name.startswith(_ENCODER) else None
+        share = 1.0 if slow is None else slow
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((decay, share), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "share": share}
+        for (decay, share), parameters in groups.items()
+    ]
 
 
 def _build(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

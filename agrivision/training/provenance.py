@@ -7,15 +7,14 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import agrivision
+from agrivision.commit import commit
 from agrivision.rundir import RunDirectory
 from agrivision.storage import storage_error, write_atomically
 from agrivision.world import World
@@ -36,7 +35,7 @@ def describe(world: World, device: torch.device, fingerprint: str, step: int) ->
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "from_step": step,
         "agrivision": agrivision.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "host": socket.gethostname(),
@@ -95,16 +94,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """The commit of a checkout that this package runs from, with `-dirty` after changes."""
-    folder = Path(agrivision.__file__).parent
-    if not (folder.parent / ".git").exists():  # installed: a repository around it is another one's
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

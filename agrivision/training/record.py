@@ -46,7 +46,6 @@ class Record:
         world: who writes.
         resume_step: the step that the run goes on from, 0 for a new one.
         total_steps: of the whole run.
-        pixels: of an image as the network sees it in training.
         about: what TensorBoard shows of the run; None writes no event files.
         samples: write the list of samples.
     """
@@ -58,7 +57,6 @@ class Record:
         *,
         resume_step: int,
         total_steps: int,
-        pixels: int,
         about: About | None,
         samples: bool,
     ) -> None:
@@ -85,7 +83,7 @@ class Record:
             )
             self._board.text("run/attempts", about.attempt_text)
         self._bar = progress("training", total_steps, done=resume_step)
-        self._rates = _Rates(pixels)
+        self._rates = _Rates()
 
     def _open(self, thing: Any) -> Any:
         return self._stack.enter_context(thing)
@@ -105,10 +103,10 @@ class Record:
         if self._samples is not None:
             self._samples.append({"epoch": epoch, "step": step, "keys": list(keys)})
 
-    def stepped(self, images: int) -> None:
-        """A step is done, with this many images over all ranks."""
+    def stepped(self, images: int, pixels: int) -> None:
+        """A step is done, with this many images over all ranks, of so many pixels each."""
         if self._bar is not None:
-            self._rates.images += images
+            self._rates.add(images, pixels)
             self._bar.advance(1)
 
     def trained(
@@ -124,7 +122,7 @@ class Record:
         Args:
             step: optimiser steps done.
             epoch: of the step.
-            values: `total`, `cross_entropy`, `dice`, `gradient_norm`, `learning_rate`, `quarantined`.
+            values: the loss and its parts, `gradient_norm`, `learning_rate`, `quarantined`.
             waited: seconds that rank 0 has waited for pixels since the start of the process.
             gpus: as from `Gpus.take`.
         """
@@ -210,6 +208,10 @@ class Record:
                 if summary is not None:
                     self._board.add(step, summary)
 
+    def ended_early(self, step: int, epoch: int, reason: str) -> None:
+        """The run ends before its last step."""
+        self._append({"kind": "end", "step": step, "epoch": epoch, "reason": reason})
+
     def ended(self, step: int) -> None:
         """All steps are done, scored and saved."""
         if self._board is not None:
@@ -237,6 +239,8 @@ _TAGS = {
     "total": "loss/total",
     "cross_entropy": "loss/cross_entropy",
     "dice": "loss/dice",
+    "lovasz": "loss/lovasz",
+    "pnc": "loss/pnc",
     "gradient_norm": "train/gradient_norm",
     "learning_rate": "train/learning_rate",
     "quarantined": "data/quarantined",
@@ -320,28 +324,27 @@ def _by_class(iou: Mapping[str, float | None]) -> str:
 
 
 class _Rates:
-    """Images a second, the share of time spent waiting for data, and memory, since the last look.
+    """Images a second, the share of time spent waiting for data, and memory, since the last look."""
 
-    Args:
-        pixels: of an image.
-    """
-
-    def __init__(self, pixels: int) -> None:
-        self.images = 0
-        self._pixels = pixels
+    def __init__(self) -> None:
+        self._images, self._pixels = 0, 0
         self._since = time.perf_counter()
         self._waited = 0.0
+
+    def add(self, images: int, pixels: int) -> None:
+        self._images += images
+        self._pixels += images * pixels
 
     def take(self, waited: float) -> dict[str, float]:
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         rates = {
-            "images_per_second": self.images / seconds,
-            "megapixels_per_second": self.images * self._pixels / seconds / 1e6,
+            "images_per_second": self._images / seconds,
+            "megapixels_per_second": self._pixels / seconds / 1e6,
             "waiting_share": min(1.0, (waited - self._waited) / seconds),
             "memory_gib": _memory_gib(),
         }
-        self.images, self._since, self._waited = 0, now, waited
+        self._images, self._pixels, self._since, self._waited = 0, 0, now, waited
         return rates
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +12,13 @@ import yaml
 from torch import nn
 
 from agrivision.config import Config
-from agrivision.data.augment import Augment, Normaliser
+from agrivision.data.augment import Augment
+from agrivision.data.fields import fields_of
+from agrivision.data.growing import GrowingCrop
 from agrivision.data.loader import TrainLoader
 from agrivision.data.order import Order
+from agrivision.data.sampling import RareCrops, Repeats, class_counts, repeats_of
+from agrivision.data.shards import SplitReader
 from agrivision.distributed import connected, pick_device, waiting_time
 from agrivision.errors import (
     AgrivisionError,
@@ -29,7 +34,15 @@ from agrivision.training.about import About
 from agrivision.training.loop import Loop
 from agrivision.training.preemption import StopRequest
 from agrivision.training.record import Record
-from agrivision.training.setting import Setting, check_fit, open_data, prepare_kernels, stage_data
+from agrivision.training.schedule import peak_rate
+from agrivision.training.setting import (
+    Setting,
+    check_fit,
+    open_data,
+    prepare_kernels,
+    stage_data,
+    unit_of,
+)
 from agrivision.training.start import await_data_set, find_start, held, make_run_directory
 from agrivision.training.trainer import Progress, Trainer
 from agrivision.watchdog import Watchdog
@@ -129,17 +142,19 @@ def _train(setting: Setting, *, resume_with_changes: bool) -> ExitCode:
     loaded = find_start(
         config, setting.run, ranks, data.schema.fingerprint, resume_with_changes=resume_with_changes
     )
+    repeats = repeats_of(data.train, config.data.rare_sampling, config.seed)
     loader = TrainLoader(
         data.train,
-        _order(config, len(data.train)),
+        _order(config, data.train, repeats),
         ranks.world,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         pinned=setting.device.type == "cuda",
         decoder=config.data.decoder,
+        crops=_rare_crops(config, data.train),
     )
     with loader:
-        trainer = _build_trainer(setting, loader, fresh=loaded is None)
+        trainer = _build_trainer(setting, loader, repeats, fresh=loaded is None)
         if loaded is not None:
             trainer.load_states(loaded.states)
             if resume_with_changes and len(trainer.quarantine):
@@ -153,7 +168,6 @@ def _train(setting: Setting, *, resume_with_changes: bool) -> ExitCode:
             ranks.world,
             resume_step=trainer.progress.step,
             total_steps=trainer.total_steps,
-            pixels=(config.data.crop or data.schema.tile) ** 2,
             about=About.of(config, data.schema, setting.run) if config.monitor.tensorboard else None,
             samples=config.monitor.log_samples,
         )
@@ -161,46 +175,72 @@ def _train(setting: Setting, *, resume_with_changes: bool) -> ExitCode:
             return Loop(setting, loader, trainer, record).go()
 
 
-def _order(config: Config, tiles: int) -> Order:
+def _rare_crops(config: Config, train: SplitReader) -> RareCrops | None:
+    share = config.data.rare_crops
+    return RareCrops.of(share, train.split.class_pixels, config.seed) if share else None
+
+
+def _order(config: Config, train: SplitReader, repeats: Repeats | None) -> Order:
     # In the invariant mode a micro-batch is one rank's as a whole, whatever the number of ranks.
     micro = config.training.micro_batch_size if config.training.invariant else None
     return Order(
-        size=tiles,
+        size=len(train) if repeats is None else repeats.size,
         batch_size=config.data.batch_size,
         seed=config.seed,
         window=config.data.shuffle_window,
         unit=micro or 1,
+        repeats=repeats,
     )
 
 
-def _build_trainer(setting: Setting, loader: TrainLoader, *, fresh: bool) -> Trainer:
+def _build_trainer(
+    setting: Setting, loader: TrainLoader, repeats: Repeats | None, *, fresh: bool
+) -> Trainer:
     config, data, device = setting.config, setting.data, setting.device
     schema = data.schema
     torch.manual_seed(config.seed)
     # A run that goes on has the encoder's weights in its checkpoint; the file may be gone by then.
     encoder_weights = config.model.encoder_weights if fresh else None
     network = dataclasses.replace(config.model, encoder_weights=encoder_weights)
-    model: nn.Module = build_model(network, len(schema.bands), len(schema.classes))
+    normaliser = setting.normaliser
+    model: nn.Module = build_model(network, normaliser.channels, len(schema.classes))
+    unit = unit_of(model)
     if config.training.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    pixels = data.train.split.class_pixels
-    weights = class_weights(pixels, config.loss.class_weights, config.loss.max_class_weight)
+    pixels = _class_pixels(data.train, repeats)
+    weights = class_weights(
+        pixels,
+        config.loss.class_weights,
+        config.loss.max_class_weight,
+        beta=config.loss.effective_beta,
+        tile_pixels=schema.tile**2,
+    )
     return Trainer(
         config,
         model,
-        LabelSetLoss(weights, config.loss.dice_weight).to(device),
+        LabelSetLoss(weights, config.loss).to(device),
         Augment(
             config=config.augment,
-            normaliser=Normaliser.of(schema, config.data.normalisation),
+            normaliser=normaliser,
             crop=config.data.crop,
             seed=config.seed,
+            growing=GrowingCrop.of(config, unit),
         ),
         loader=loader,
         ranks=setting.ranks,
         device=device,
+        fields=fields_of(data.train, normaliser.scope),
     )
+
+
+def _class_pixels(train: SplitReader, repeats: Repeats | None) -> Sequence[float]:
+    """Pixels of each class in an epoch, on average; crops are taken to be cut anywhere."""
+    if repeats is None:
+        return train.split.class_pixels
+    expected: list[float] = (repeats.factors @ class_counts(train)).tolist()
+    return expected
 
 
 def _total_steps(config: Config, order: Order, progress: Progress) -> int:
@@ -220,3 +260,12 @@ def _write_about(setting: Setting, step: int) -> None:
         "%s: %d ranks on %s, %s %d", run.path, ranks.world.size, attempt["device"],
         "going on from step" if step else "starting at step", step,
     )  # fmt: skip
+    if config.optimizer.reference_batch is not None:
+        log.info(
+            "the peak learning rate is %.4g: optimizer.lr %.4g is for batches of %d, not %d (%s)",
+            peak_rate(config.optimizer, config.data.batch_size),
+            config.optimizer.lr,
+            config.optimizer.reference_batch,
+            config.data.batch_size,
+            config.optimizer.lr_scaling,
+        )

@@ -23,7 +23,7 @@ from typing import Self
 from agrivision import checkpoint
 from agrivision.errors import AgrivisionError, StorageError
 from agrivision.phase import moved
-from agrivision.rundir import RunDirectory, best_step
+from agrivision.rundir import RunDirectory, ranked_steps
 from agrivision.snapshot import Snapshot, States
 from agrivision.training.patience import DiskPatience
 from agrivision.training.trainer import SaveClock
@@ -243,9 +243,9 @@ class Saver:
         """Remove the checkpoints that are not wanted any more, if it is known which these are."""
         folder = self._run.checkpoints
         try:
-            saved = {entry.step for entry in checkpoint.entries(folder)}
-            scored = self._run.evaluations()
-            best = best_step({step: score for step, score in scored.items() if step in saved})
+            saved = {entry.step: entry for entry in checkpoint.entries(folder)}
+            ranked = [saved[step] for step in ranked_steps(self._run.evaluations()) if step in saved]
+            best = checkpoint.first_whole(ranked, self._seen)  # a damaged one is nobody's best
             checkpoint.tidy(folder, self._keep_last, () if best is None else (best,), self._seen)
         except (OSError, AgrivisionError) as error:
             log.warning("no old checkpoint is removed: %s", error)

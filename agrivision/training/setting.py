@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from agrivision.config import Config
+from agrivision.data.growing import GrowingCrop
 from agrivision.data.jpeg_pixels import check_decoder
+from agrivision.data.normalise import Normaliser
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.data.staging import StagedSplit, stage
 from agrivision.distributed import Ranks, pick_device
 from agrivision.errors import ConfigurationError
 from agrivision.model.build import build_model
+from agrivision.model.encoders import EncoderUNet
+from agrivision.model.unet import UNet
 from agrivision.phase import moved
 from agrivision.rundir import RunDirectory
 from agrivision.training.preemption import StopRequest
@@ -62,6 +67,20 @@ class Setting:
     stop: StopRequest
     still_ours: Callable[[], None]
     profile: bool
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """Of the data set, as the configuration wants it."""
+        return normaliser_of(self.config, self.data)
+
+
+def normaliser_of(config: Config, data: Data) -> Normaliser:
+    """What stands before the network.
+
+    Raises:
+        ConfigurationError: the data set lacks a band that an index needs.
+    """
+    return Normaliser.of(data.schema, config.data.normalisation, config.data.index_names)
 
 
 def open_data(config: Config) -> Data:
@@ -130,19 +149,43 @@ def check_fit(config: Config, data: Data, world: World) -> None:
     _try_shapes(config, data, world)
 
 
+def unit_of(network: nn.Module) -> int:
+    """What the sides of a network's images differ by, in pixels, where it takes more than one."""
+    if isinstance(network, EncoderUNet):
+        return network.unit
+    assert isinstance(network, UNet)
+    unit: int = 2**network.depth
+    return unit
+
+
 def _try_shapes(config: Config, data: Data, world: World) -> None:
-    """Push the smallest batch that will come through the network, without computing anything."""
-    side, samples = config.data.crop or data.schema.tile, _fewest_samples(config, world)
+    """Push the smallest batches that will come through the network, without computing anything."""
+    samples = _fewest_samples(config, world)
     model = dataclasses.replace(config.model, encoder_weights=None)
+    channels = normaliser_of(config, data).channels
     with torch.device("meta"):
-        probe = build_model(model, len(data.schema.bands), len(data.schema.classes))
-        images = torch.empty(samples, len(data.schema.bands), side, side)
-        try:
-            probe(images)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"data.crop is {side}, with {samples} samples at a time: {error}"
-            ) from None
+        probe = build_model(model, channels, len(data.schema.classes))
+        for key, side in _sides(config, data.schema.tile, unit_of(probe)):
+            images = torch.empty(samples, channels, side, side)
+            try:
+                probe(images)
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"{key} is {side}, with {samples} samples at a time: {error}"
+                ) from None
+
+
+def _sides(config: Config, tile: int, unit: int) -> list[tuple[str, int]]:
+    """The keys that sides of training images follow from, and the sides."""
+    end, start = config.data.crop or tile, config.data.crop_start
+    if start is not None and (end - start) % unit:
+        raise ConfigurationError(
+            f"data.crop_start is {start} and data.crop is {end}: with this network they must differ by"
+            f" a multiple of {unit}"
+        )
+    growing = GrowingCrop.of(config, unit)
+    smaller = [] if growing is None else growing.sides[:-1]
+    return [("data.crop", end), *((f"data.crop_start is {start}; a crop", side) for side in smaller)]
 
 
 def _fewest_samples(config: Config, world: World) -> int:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from agrivision.data.augment import Normaliser
 from agrivision.data.decode import Pixels, decode_record
+from agrivision.data.fields import FieldStatistics, of_tiles
+from agrivision.data.normalise import Normaliser
 from agrivision.data.shards import SplitReader
 from agrivision.errors import DatasetError
 from agrivision.model.padding import dense_logits
@@ -29,6 +30,7 @@ def draw_panels(
     *,
     count: int,
     worst: Worst | None = None,
+    fields: FieldStatistics | None = None,
     precision: Precision = "fp32",
 ) -> dict[str, Picture]:
     """RGB, NIR-R-G, truth, prediction, mistakes and confidence of some tiles.
@@ -40,6 +42,7 @@ def draw_panels(
         device: where the model is.
         count: of tiles spread evenly over the split, the same each time.
         worst: more tiles, by class.
+        fields: of the split, where the model sees pixels relative to their field.
         precision: of the forward pass.
 
     Returns:
@@ -58,7 +61,8 @@ def draw_panels(
             return  # the evaluation has named it
         images = pixels.images()
         with autocast(device, precision):
-            logits = dense_logits(model, normaliser(images.to(device)))
+            statistics = of_tiles(fields, [tile], device)
+            logits = dense_logits(model, normaliser(images.to(device), statistics=statistics))
         confidence, predicted = logits[0].float().softmax(0).max(0)
         panels[tag] = panel(
             images[0].numpy().astype(schema.dtype),

@@ -220,10 +220,12 @@ def _differences(config: Config, run: RunDirectory) -> list[str]:
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise RunMismatch(f"cannot read {run.config}: {error}") from None
     now = flatten(config.to_dict())
+    # What a run of an earlier version could not say yet was as it is by default.
+    before = flatten(Config().to_dict()) | before
     keys = sorted(key for key in before.keys() | now.keys() if not key.startswith(_FREE_KEYS))
     missing = object()
     return [
-        f"{key} was {before.get(key, 'not there')!r} and is {now.get(key, 'not there')!r}"
+        f"{key} was {before[key]!r} and is {now.get(key, 'not there')!r}"
         for key in keys
-        if before.get(key, missing) != now.get(key, missing)
+        if before[key] != now.get(key, missing)
     ]

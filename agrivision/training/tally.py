@@ -7,7 +7,7 @@ decided there, and the program looks once in a while.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 
 from agrivision.errors import CheckpointError
 
-MEANS = ("total", "cross_entropy", "dice", "gradient_norm")
+LOSSES = ("total", "cross_entropy", "dice")
+MEANS = (*LOSSES, "gradient_norm")  # without further parts of the loss
 _COUNTS = ("counted", "missed", "last_missed", "in_a_row", "most_in_a_row", "skipped")
 
 
@@ -41,17 +42,19 @@ class Tally:
 
     Args:
         device: where losses are.
+        losses: names of those that are counted.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(MEANS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, losses: Sequence[str] = LOSSES) -> None:
+        self._means = (*losses, "gradient_norm")
+        self._sums = torch.zeros(len(self._means), dtype=torch.float64, device=device)
         self._counts = torch.zeros(len(_COUNTS), dtype=torch.int64, device=device)
 
     def count(self, losses: torch.Tensor, norm: torch.Tensor, step: int) -> torch.Tensor:
         """Add a step, without waiting for the device.
 
         Args:
-            losses: float64 (3,) on the device: means over the global batch, the same on all ranks.
+            losses: float64 (losses,) on the device: means over the global batch, the same on all ranks.
             norm: of the gradient, a scalar on the device, the same on all ranks.
             step: its number.
 
@@ -80,7 +83,7 @@ class Tally:
         """Wait for the device and read what there is; nothing is forgotten."""
         sums, counts = self._sums.tolist(), self.counts
         means = (
-            {name: value / counts["counted"] for name, value in zip(MEANS, sums, strict=True)}
+            {name: value / counts["counted"] for name, value in zip(self._means, sums, strict=True)}
             if counts["counted"]
             else {}
         )
@@ -104,20 +107,23 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values; waits for the device."""
-        return {"sums": dict(zip(MEANS, self._sums.tolist(), strict=True)), **self.counts}
+        return {"sums": dict(zip(self._means, self._sums.tolist(), strict=True)), **self.counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state.
+        """Take over a state. Where the loss had other parts, the means begin anew.
 
         Raises:
             CheckpointError: it has other entries.
         """
         try:
-            sums = [state["sums"][name] for name in MEANS]
-            counts = [state[name] for name in _COUNTS]
+            known = {name: state["sums"][name] for name in (*MEANS, *state["sums"])}
+            counts = {name: state[name] for name in _COUNTS}
         except (KeyError, TypeError):
             raise CheckpointError(
                 f"the checkpoint's progress has the entries {', '.join(state)}"
             ) from None
+        if known.keys() != set(self._means):
+            known, counts["counted"] = dict.fromkeys(self._means, 0.0), 0
+        sums = [known[name] for name in self._means]
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
-        self._counts.copy_(torch.tensor(counts, dtype=torch.int64))
+        self._counts.copy_(torch.tensor(list(counts.values()), dtype=torch.int64))

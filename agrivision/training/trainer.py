@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agrivision.config import Config
 from agrivision.data.augment import Augment
+from agrivision.data.fields import FieldStatistics, of_tiles
 from agrivision.data.jpeg_pixels import JpegPixels
 from agrivision.data.loader import Batch, TrainLoader
 from agrivision.data.order import Stream, generator
@@ -31,11 +32,11 @@ from agrivision.errors import AgrivisionError, CheckpointError, DatasetError, St
 from agrivision.model.losses import LabelSetLoss, SampleLosses
 from agrivision.model.precision import autocast
 from agrivision.phase import WAITING, phase
-from agrivision.training.ema import WeightAverage
+from agrivision.training.ema import wanted_average
 from agrivision.training.invariant import CanonicalGradients
 from agrivision.training.optimizer import Optimizer
 from agrivision.training.preemption import StopRequest
-from agrivision.training.schedule import learning_rate
+from agrivision.training.schedule import learning_rate, peak_rate
 from agrivision.training.tally import Tally
 from agrivision.training.upload import Upload
 
@@ -85,6 +86,7 @@ class Trainer:
         loader: of the training split.
         ranks: connected.
         device: of this rank.
+        fields: of the training split, where pixels are seen relative to their field.
 
     Attributes:
         progress: how far the run is.
@@ -92,6 +94,7 @@ class Trainer:
         total_steps: of the whole run; set it before the first step.
         model: without a wrapper.
         loss: of label sets, as it was given.
+        augment: of the training samples, likewise.
         optimizer: of its parameters.
         average: of its weights, None where the configuration wants none.
         quarantine: the training tiles that the run goes on without.
@@ -111,18 +114,21 @@ class Trainer:
         loader: TrainLoader,
         ranks: Ranks,
         device: torch.device,
+        fields: FieldStatistics | None = None,
     ) -> None:
         training = config.training
         self.progress = Progress()
-        self.tally = Tally(device)
+        self.tally = Tally(device, loss.parts)
         self.total_steps = 0
         self.model, self.loss = model, loss
         self.optimizer = Optimizer(model, config.optimizer)
-        self.average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
+        self.average = wanted_average(model, training)
         self.quarantine = Quarantine(loader.reader, config.data.max_damaged_share)
         self.isolated: Callable[[Sequence[Damage], int], None] = lambda *_: None
         self.before_change: Callable[[], None] = lambda: None
-        self._config, self._augment, self._loader = config, augment, loader
+        self._peak_rate = peak_rate(config.optimizer, config.data.batch_size)
+        self._config, self.augment, self._loader = config, augment, loader
+        self._fields = fields
         self._ranks, self._device, self._upload = ranks, device, Upload(device)
         self._places = loader.order.share(ranks.world.rank, ranks.world.size)
         self._micro = training.micro_batch_size or len(range(config.data.batch_size)[self._places])
@@ -130,7 +136,9 @@ class Trainer:
         self._canonical: CanonicalGradients | None = None
         if training.invariant:
             ranks.take_from_main(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
-            self._canonical = CanonicalGradients(model, ranks, micro_batches=loader.order.units)
+            self._canonical = CanonicalGradients(
+                model, ranks, micro_batches=loader.order.units, losses=len(loss.parts)
+            )
         self._wrapped = model if training.invariant else _wrap(model, ranks, device, self._how())
         self._network: Callable[..., Any] = self._wrapped
         self._loss: Callable[..., SampleLosses] = loss
@@ -284,7 +292,7 @@ class Trainer:
             buffer.copy_(value)
 
     def _accumulate(self, batch: Batch) -> torch.Tensor:
-        """Gradients of this rank's part; returns the sums of loss, cross-entropy and Dice, (3,).
+        """Gradients of this rank's part; returns the sums of the losses, in the order of `parts`.
 
         In the invariant mode both are those of all ranks.
         """
@@ -294,7 +302,7 @@ class Trainer:
         parts = list(self._parts(batch))
         if self._canonical is not None:
             return self._accumulate_in_order(batch, parts, self._canonical)
-        sums = torch.zeros(3, device=self._device)
+        sums = torch.zeros(len(self.loss.parts), device=self._device)
         for part in parts:
             with self._unsynchronised(last=part is parts[-1]):
                 sums += self._backward(batch, part)
@@ -330,8 +338,7 @@ class Trainer:
         scale = self._scale / batch.whole.count
         with phase("backward"), peers_may_fail():
             ((losses.total * counts).sum() * scale).backward()  # type: ignore[no-untyped-call]
-        parts = torch.stack([losses.total, losses.cross_entropy, losses.dice])
-        return (parts.detach() * counts).sum(1)
+        return (self.loss.reported(losses).detach() * counts).sum(1)
 
     def _counts(self, batch: Batch, part: slice) -> torch.Tensor:
         """Which samples count, bool (samples of the part,).
@@ -349,7 +356,14 @@ class Trainer:
     def _images(self, batch: Batch, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.whole is not None
         pixels = batch.pixels.part(part)
-        return self._augment(pixels.planes, pixels.labels, batch.whole.epoch, batch.tiles[part])
+        return self.augment(
+            pixels.planes,
+            pixels.labels,
+            batch.whole.epoch,
+            batch.samples[part],
+            focus=[batch.focus.get(place) for place in range(part.start, part.stop)],
+            statistics=of_tiles(self._fields, batch.tiles[part], self._device),
+        )
 
     @property
     def _scale(self) -> int:
@@ -371,13 +385,13 @@ class Trainer:
     def _agree(
         self, local: torch.Tensor, flags: tuple[bool, ...]
     ) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """The losses summed over the ranks, float64 (3,), and on how many ranks each flag is up."""
+        """The losses summed over the ranks, float64, and on how many ranks each flag is up."""
         up = torch.tensor(flags, dtype=torch.float64)
         if self._canonical is not None:  # they are summed already
             losses, counts = local.double(), self._ranks.sum(up)
         elif self._device.type == "cpu":  # one message
             total = self._ranks.sum(torch.cat([local.double(), up]))
-            losses, counts = total[:3], total[3:]
+            losses, counts = total[: len(local)], total[len(local) :]
         else:  # flags travel between the programs, losses between the devices
             losses, counts = self._ranks.sum_in_place(local.double()), self._ranks.sum(up)
         return losses, tuple(int(count) for count in counts.tolist())
@@ -399,12 +413,13 @@ class Trainer:
         progress.step += 1
         progress.cursor = batch.whole.next_cursor
         if self.average is not None:
-            self.average.update(self.model, progress.step)
+            self.average.update(self.model, progress.step, self.total_steps)
         return rate
 
     def _learning_rate(self) -> float:
-        config = self._config
-        return learning_rate(config.schedule, config.optimizer.lr, self.progress.step, self.total_steps)
+        return learning_rate(
+            self._config.schedule, self._peak_rate, self.progress.step, self.total_steps
+        )
 
 
 @dataclass

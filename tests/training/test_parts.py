@@ -26,7 +26,7 @@ from agrivision import checkpoint
 from agrivision.config import OptimizerConfig, ScheduleConfig
 from agrivision.errors import CheckpointError, NotWritable, RunMismatch, StorageError
 from agrivision.rundir import RunDirectory, best_step
-from agrivision.training.ema import WeightAverage
+from agrivision.training.ema import WeightAverage, exponential
 from agrivision.training.optimizer import Optimizer
 from agrivision.training.preemption import StopRequest
 from agrivision.training.schedule import learning_rate
@@ -124,12 +124,12 @@ def assert_same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Te
 
 def test_the_average_is_the_plain_formula() -> None:
     model = net(0)
-    average = WeightAverage(model, decay=0.6)
+    average = WeightAverage(model, exponential(0.6))
     plain = {name: p.detach().double() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, OptimizerConfig())
     for step in range(1, 12):
         learn(model, optimizer, range(step, step + 1))
-        average.update(model, step)
+        average.update(model, step, 11)
         decay = min(0.6, (1 + step) / (10 + step))
         for name, parameter in model.named_parameters():
             plain[name] = decay * plain[name] + (1 - decay) * parameter.detach().double()
@@ -143,7 +143,7 @@ def test_the_average_is_the_plain_formula() -> None:
 def test_the_average_is_apart_from_the_model() -> None:
     model = net(0)
     before = copy.deepcopy(model.state_dict())
-    average = WeightAverage(model, decay=0.9)
+    average = WeightAverage(model, exponential(0.9))
     assert not average.model.training
     assert not any(p.requires_grad for p in average.model.parameters())
     assert model.training
@@ -151,20 +151,20 @@ def test_the_average_is_apart_from_the_model() -> None:
     learn(model, Optimizer(model, OptimizerConfig()), range(3))
     assert_same_state(average.state_dict(), before)
     model.load_state_dict(before)
-    average.update(net(1), 5)
+    average.update(net(1), 5, 9)
     assert_same_state(model.state_dict(), before)
 
 
 def test_an_average_goes_on_bit_for_bit(tmp_path: Path) -> None:
     model, other = net(0), net(1)
-    first = WeightAverage(model, decay=0.9)
-    first.update(other, 1)
-    second = WeightAverage(net(2), decay=0.9)
+    first = WeightAverage(model, exponential(0.9))
+    first.update(other, 1, 3)
+    second = WeightAverage(net(2), exponential(0.9))
     folder = checkpoint.save(tmp_path, {"ema": first.state_dict()}, step=1, epoch=0)
     second.load_state_dict(checkpoint.load(folder).states["ema"])
     for step in (2, 3):
-        first.update(model, step)
-        second.update(model, step)
+        first.update(model, step, 3)
+        second.update(model, step, 3)
     assert_same_state(first.state_dict(), second.state_dict())
 
 

@@ -17,9 +17,10 @@ import pytest
 
 from agrivision import checkpoint
 from agrivision.data import loader, shards
-from agrivision.data.augment import Augment, Normaliser
+from agrivision.data.augment import Augment
 from agrivision.data.decode import Pixels, decode_record
 from agrivision.data.labels import compress
+from agrivision.data.normalise import Normaliser
 from agrivision.data.order import Order
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
@@ -178,7 +179,7 @@ def test_a_damaged_tile_has_no_weight_and_the_others_keep_theirs(gradients, data
         model = load_run(run_dir, "cpu").module.train().double()
         model.load_state_dict(states["model"])  # in double precision, which `load_run` rounds
         weights = class_weights(reader.split.class_pixels, "sqrt", config.loss.max_class_weight)
-        losses = LabelSetLoss(weights, config.loss.dice_weight)(model(images.double()), labels)
+        losses = LabelSetLoss(weights, config.loss)(model(images.double()), labels)
         (losses.total[counts].sum() / batch.count).backward()
         found = np.load(run_dir / f"gradients-{step}-0.npz")
         for name, parameter in model.named_parameters():

@@ -282,6 +282,21 @@ def test_old_checkpoints_go_and_the_best_and_milestones_stay(tmp_path: Path) -> 
     assert all(0 <= saved.stall_seconds <= saved.seconds for saved in told)
 
 
+def test_a_damaged_best_does_not_cost_the_best_whole_one_after_a_resume(tmp_path: Path) -> None:
+    row = '{"kind": "evaluation", "step": %d, "miou": %f}\n'
+    (tmp_path / "metrics.jsonl").write_text(row % (1, 0.9) + row % (2, 0.5) + row % (3, 0.4))
+    with saver_in(tmp_path) as saver:
+        for step in (1, 2):
+            saver.save(some(step), step=step, epoch=0)
+    file = next((tmp_path / "checkpoints" / "step-000000001").glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with saver_in(tmp_path, keep_last=1, whole=2, attempt=2) as saver:
+        for step in (3, 4):
+            saver.save(some(step), step=step, epoch=0)
+    assert saved_in(tmp_path) == [2, 4]
+
+
 def test_an_error_is_raised_once_by_the_next_save_which_saves_nothing(tmp_path: Path) -> None:
     disk_is_full = StorageError("cannot write it: No space left on device")
     refusals = [disk_is_full]

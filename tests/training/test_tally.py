@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agrivision.config import OptimizerConfig
 from agrivision.errors import CheckpointError
-from agrivision.training.ema import WeightAverage
+from agrivision.training.ema import WeightAverage, exponential
 from agrivision.training.optimizer import Optimizer
 from agrivision.training.tally import MEANS, Tally
 
@@ -68,6 +68,26 @@ def test_a_tally_that_was_saved_goes_on(before: list[list[float]], after: list[l
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     feed(second, after, len(before) + 1)
     assert second.state_dict() == whole.state_dict()
+
+
+def test_means_begin_anew_where_the_loss_has_other_parts() -> None:
+    """What was skipped, and a row of bad steps, are counted on."""
+    before, after = Tally(CPU), Tally(CPU, ("total", "cross_entropy", "dice", "lovasz"))
+    feed(before, [[1.0] * 4, [2.0] * 4, [math.nan] * 4])
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.look().means == {}
+    after.count(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), torch.tensor(5.0), 4)
+    assert after.look().means == {
+        "total": 1,
+        "cross_entropy": 2,
+        "dice": 3,
+        "lovasz": 4,
+        "gradient_norm": 5,
+    }
+    assert (after.counts["skipped"], after.counts["most_in_a_row"]) == (1, 1)
+    back = Tally(CPU)
+    back.load_state_dict(after.state_dict())
+    assert back.look().means == {}
 
 
 def test_a_state_of_something_else_is_refused() -> None:
@@ -128,6 +148,6 @@ def test_a_step_that_does_not_count_leaves_every_bit(config: OptimizerConfig, ba
 
 def test_the_average_of_the_weights_needs_no_look() -> None:
     model = network()
-    average = WeightAverage(model, 0.9)
+    average = WeightAverage(model, exponential(0.9))
     with NoLook():
-        average.update(model, 3)
+        average.update(model, 3, 9)

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from agrivision import checkpoint
-from agrivision.data.augment import Augment, Normaliser
+from agrivision.data.augment import Augment
 from agrivision.data.decode import Pixels, decode_record
+from agrivision.data.normalise import Normaliser
 from agrivision.data.order import Order
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
@@ -62,8 +63,8 @@ def keep_gradients(folder: Path, rank: int) -> None:
     ) -> None:
         begin(self, config, model.double(), *args, **kw)
 
-    def change_in_double(self: Normaliser, *args: Any) -> torch.Tensor:
-        return change(self, *args).double()
+    def change_in_double(self: Normaliser, *args: Any, **kw: Any) -> torch.Tensor:
+        return change(self, *args, **kw).double()
 
     Trainer.__init__, Normaliser.__call__ = begin_in_double, change_in_double
 
@@ -146,7 +147,7 @@ def test_samples_that_fill_up_a_batch_have_no_weight(dataset: Path, gradients) -
     images, labels = augment(pixels.planes, pixels.labels, 0, tiles)
     model = load_run(run_dir, "cpu").module.train()
     weights = class_weights(reader.split.class_pixels, "sqrt", config.loss.max_class_weight)
-    LabelSetLoss(weights, config.loss.dice_weight)(model(images), labels).total.mean().backward()
+    LabelSetLoss(weights, config.loss)(model(images), labels).total.mean().backward()
     found = np.load(run_dir / "gradients-4-0.npz")
     for name, parameter in model.named_parameters():
         size = parameter.grad.abs().max().item()
