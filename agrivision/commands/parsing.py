@@ -15,6 +15,7 @@ from agrivision.errors import BadInput, ExitCode
 
 Parser = jsonargparse.ArgumentParser
 
+SYMMETRIES_HELP = "look from all eight sides and average: 8 x the work"
 PART_HELP = "I/N: this task's share of the work, beside N - 1 other tasks"
 
 
@@ -90,6 +91,19 @@ def add_network(parser: Parser) -> None:
     """How a network is run."""
     parser.add_argument("--threads", type=int, default=2, help="decoding threads")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
+
+
+def add_postprocess(parser: Parser) -> None:
+    """What `tune` chose."""
+    parser.add_argument(
+        "--postprocess",
+        type=str,
+        nargs="?",
+        const="",
+        default=None,
+        metavar="FILE",
+        help="with the factors and least areas that `tune` chose for the run, or that a file holds",
+    )
 
 
 def add_allow_vrt(parser: Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,12 @@ from jsonargparse import Namespace
 
 from agrivision.commands.parsing import (
     PART_HELP,
+    SYMMETRIES_HELP,
     Command,
     Parser,
     add_allow_vrt,
     add_network,
+    add_postprocess,
     make_parser,
     names,
 )
@@ -53,6 +56,7 @@ def _parser() -> Parser:
     made.add_argument("--split", type=str, default=None, help="of a data set; default: all")
     _add_scene_options(made)
     _add_product_options(made)
+    add_postprocess(made)
     add_allow_vrt(made)
     made.add_argument("--part", type=str, default="0/1", help=PART_HELP)
     return made
@@ -63,6 +67,7 @@ def _run(argv: list[str]) -> ExitCode:
     stop = StopRequest().listen()
     from agrivision.console import say
     from agrivision.inference.exported import load_model
+    from agrivision.inference.postprocessing import find_postprocessing
     from agrivision.inference.predict import predict
     from agrivision.inference.ranks import own_share
     from agrivision.monitor.log import configure_log
@@ -74,10 +79,15 @@ def _run(argv: list[str]) -> ExitCode:
     configure_log(world.rank, None)
     part, device = own_share(Part.parse(args.part), world)
     options = _options(args)
+    networks = [load_model(Path(path), device) for path in args.checkpoint]
+    if args.postprocess is not None:
+        given = Path(args.postprocess) if args.postprocess else None
+        after = find_postprocessing(networks, given, symmetries=options.symmetries)
+        options = replace(options, postprocessing=after)
     inputs = [Path(path) for path in args.inputs]
     with progress("predicting", unit="tile", show=world.is_main) as bar:
         summary = predict(
-            [load_model(Path(path), device) for path in args.checkpoint],
+            networks,
             inputs,
             Path(args.out),
             options,
@@ -131,9 +141,7 @@ def _add_scene_options(parser: Parser) -> None:
     parser.add_argument(
         "--overlap", type=int, default=None, help="shared by neighbouring windows, in pixels"
     )
-    parser.add_argument(
-        "--symmetries", action="store_true", help="look from all eight sides and average: 8 x the work"
-    )
+    parser.add_argument("--symmetries", action="store_true", help=SYMMETRIES_HELP)
     parser.add_argument(
         "--bands", type=str, default="", help="where each band of the training is: 4,1,2,3 or names"
     )

@@ -107,8 +107,21 @@ def _spread(counts: Tensor, classes: int) -> Tensor:
         int64 (B, classes, classes).
     """
     seen = counts.any(0).any(0).nonzero().flatten()
-    counts = counts[:, :, seen]
-    member = (seen.unsqueeze(1) >> torch.arange(classes)) & 1  # (sets, classes)
+    return matrices_of_counts(counts[:, :, seen], seen, classes)
+
+
+def matrices_of_counts(counts: Tensor, sets: Tensor, classes: int) -> Tensor:
+    """The matrices of pixels that were counted by prediction and label set.
+
+    Args:
+        counts: int64 (B, classes, sets) on the CPU.
+        sets: int64, the bits of each label set; pixels of the empty one do not count.
+        classes: number of classes.
+
+    Returns:
+        int64 (B, classes, classes): rows predicted, columns true.
+    """
+    member = (sets.unsqueeze(1) >> torch.arange(classes)) & 1  # (sets, classes)
     hits = (counts * member.T).sum(1) @ member
     misses = (counts * (1 - member.T)) @ member
     return misses + torch.diag_embed(hits)

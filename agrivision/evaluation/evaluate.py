@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from agrivision.data.augment import Normaliser
+from agrivision.data.fields import FieldStatistics, of_tiles
 from agrivision.data.loader import Batch, evaluation_batches
+from agrivision.data.normalise import Normaliser
 from agrivision.data.quarantine import Damage, refusal
 from agrivision.data.shards import SplitReader
 from agrivision.distributed import Ranks
@@ -21,13 +22,19 @@ from agrivision.evaluation.confusion import Scores, confusion_matrices, scores
 from agrivision.evaluation.curves import THRESHOLDS, threshold_counts
 from agrivision.evaluation.presence import PresenceScores, presence, tile_presence
 from agrivision.evaluation.tiles import TileCounts, tile_counts
-from agrivision.model.losses import LabelSetLoss, SampleLosses
+from agrivision.model.losses import LabelSetLoss
 from agrivision.model.padding import dense_logits
 from agrivision.model.precision import Precision, autocast
 from agrivision.phase import moved
 
 _AGREE_EVERY = 8  # rounds: seconds, where a round takes as long as a batch
-_LOSSES = SampleLosses._fields
+
+# A batch and its images (tiles, bands, height, width), pixels as in the data set, on the device → their
+# probabilities (tiles, classes, height, width) float32, there too.
+Forward = Callable[[Batch, torch.Tensor], torch.Tensor]
+# A batch, its probabilities and its label bits (tiles, height, width) → class ids of the same shape, on
+# the device.
+Decide = Callable[[Batch, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +46,8 @@ class Evaluation:
         presence: which classes are in which tiles.
         tiles: pixels of each tile by class; of tiles that are left out zeros.
         left_out: tiles that could not be read: all is exact over the others.
-        losses: `total`, `cross_entropy` and `dice`, means over the tiles; None where no loss was asked
-            for, or no tile could be read.
+        losses: `total` and its parts, means over the tiles; None where no loss was asked for, or no
+            tile could be read.
         curves: int64 (classes, 2, THRESHOLDS), as from `threshold_counts`; None where nobody asked.
     """
 
@@ -67,8 +74,11 @@ def evaluate(
     threads: int,
     precision: Precision = "fp32",
     loss: LabelSetLoss | None = None,
+    fields: FieldStatistics | None = None,
     curves: bool = False,
     allowed: int = 0,
+    forward: Forward | None = None,
+    decide: Decide | None = None,
     stop: Callable[[], bool] = lambda: False,
     report: Callable[[int], None] = lambda _: None,
 ) -> Evaluation | None:
@@ -85,8 +95,12 @@ def evaluate(
         threads: decoding threads.
         precision: of the forward pass.
         loss: to be computed of each tile; a model that gives probabilities has no logits for it.
+        fields: of the split, where the model sees pixels relative to their field; None takes each tile
+            for a field of its own then.
         curves: count pixels by probability too.
         allowed: how many tiles may be unreadable, and are left out then.
+        forward: takes the place of the model, where that is not all: it looks from several sides.
+        decide: makes class ids of a batch's probabilities; None takes the likeliest class.
         stop: asked between batches; once true on any rank, all leave within a few batches.
         report: called with the number of tiles that this rank has finished since the last call.
 
@@ -99,7 +113,8 @@ def evaluate(
         PeerLost: another rank is gone.
     """
     classes = reader.schema.classes
-    found = _Found(len(reader), len(classes), losses=loss is not None, curves=curves)
+    parts = () if loss is None else loss.parts
+    found = _Found(len(reader), len(classes), losses=parts, curves=curves)
     model.eval()
     batches = evaluation_batches(
         reader,
@@ -114,10 +129,15 @@ def evaluate(
         for batch in _in_step(batches, -(-len(reader) // batch_size), ranks, stop, missing):
             if batch is None:
                 return None
-            probabilities, labels, losses = _predict(
-                model, batch, normaliser, device, precision=precision, loss=loss
-            )
-            found.add(batch.tiles, probabilities, labels, losses)
+            if forward is None:
+                probabilities, labels, losses = _predict(
+                    model, batch, normaliser, device, precision=precision, loss=loss, fields=fields
+                )
+            else:
+                pixels, losses = batch.pixels.to(device), None
+                probabilities, labels = forward(batch, pixels.images()), pixels.label_bits()
+            ids = probabilities.argmax(1) if decide is None else decide(batch, probabilities, labels)
+            found.add(batch.tiles, ids, probabilities, labels, losses)
             report(batch.count)
             moved()
     found.sum(ranks)
@@ -129,7 +149,7 @@ def evaluate(
         presence=presence(found.rows[0, seen].float(), found.rows[1, seen].bool(), classes),
         tiles=TileCounts.of(found.tiles),
         left_out=left_out,
-        losses=_means(found.losses[seen]) if loss is not None and seen.any() else None,
+        losses=_means(parts, found.losses[seen]) if parts and seen.any() else None,
         curves=found.curves if curves else None,
     )
 
@@ -143,40 +163,41 @@ class _Found:
     Args:
         tiles: of the split.
         classes: how many.
-        losses: make room for them.
-        curves: likewise.
+        losses: their names.
+        curves: make room for them.
 
     Attributes:
         matrix: the challenge's.
         rows: score and truth of each class by tile.
         tiles: hits, predicted and true pixels by tile.
-        losses: by tile, in the order of `SampleLosses`.
+        losses: by tile, in the order of the names.
         curves: pixels by probability.
     """
 
-    def __init__(self, tiles: int, classes: int, *, losses: bool, curves: bool) -> None:
+    def __init__(self, tiles: int, classes: int, *, losses: Sequence[str], curves: bool) -> None:
         self.matrix = torch.zeros(classes, classes, dtype=torch.int64)
         self.rows = torch.zeros(2, tiles, classes, dtype=torch.float64)
         self.tiles = torch.zeros(tiles, 3, classes, dtype=torch.int64)
-        self.losses = torch.zeros(tiles if losses else 0, len(_LOSSES), dtype=torch.float64)
+        self.losses = torch.zeros(tiles, len(losses), dtype=torch.float64)
         self.curves = torch.zeros(classes if curves else 0, 2, THRESHOLDS, dtype=torch.int64)
 
     def add(
         self,
         tiles: Sequence[int],
+        ids: torch.Tensor,
         probabilities: torch.Tensor,
         labels: torch.Tensor,
-        losses: SampleLosses | None,
+        losses: torch.Tensor | None,
     ) -> None:
         """Count a batch; see `_predict`."""
-        matrices = confusion_matrices(probabilities.argmax(1), labels, len(self.matrix)).cpu()
+        matrices = confusion_matrices(ids, labels, len(self.matrix)).cpu()
         self.matrix += matrices.sum(0)
         self.tiles[tiles] = tile_counts(matrices)
         found, truth = tile_presence(probabilities, labels)
         self.rows[0, tiles] = found.cpu().double()
         self.rows[1, tiles] = truth.cpu().double()
         if losses is not None:
-            self.losses[tiles] = torch.stack(losses, dim=1).cpu().double()
+            self.losses[tiles] = losses.cpu().double()
         if len(self.curves):
             self.curves += threshold_counts(probabilities, labels).cpu()
 
@@ -191,9 +212,9 @@ class _Found:
                 setattr(self, name, ranks.sum(part))
 
 
-def _means(losses: torch.Tensor) -> dict[str, float]:
-    """Means over the tiles, rounded once, float64 (tiles, 3)."""
-    columns = zip(_LOSSES, losses.T.tolist(), strict=True)
+def _means(names: Sequence[str], losses: torch.Tensor) -> dict[str, float]:
+    """Means over the tiles, rounded once, of float64 (tiles, names)."""
+    columns = zip(names, losses.T.tolist(), strict=True)
     return {name: math.fsum(column) / len(column) for name, column in columns}
 
 
@@ -274,15 +295,19 @@ def _predict(
     *,
     precision: Precision,
     loss: LabelSetLoss | None,
-) -> tuple[torch.Tensor, torch.Tensor, SampleLosses | None]:
+    fields: FieldStatistics | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Probabilities (tiles, classes, height, width) float32, label bits (tiles, height, width), losses.
 
-    A model that gives probabilities has no losses.
+    Losses are (tiles, parts of the loss); a model that gives probabilities has none.
     """
     pixels = batch.pixels.to(device)
     labels = pixels.label_bits()
     with autocast(device, precision):
+        statistics = of_tiles(fields, batch.tiles, device)
         if normaliser is None:
-            return model(pixels.images().float()), labels, None
-        logits = dense_logits(model, normaliser(pixels.images()))
-    return logits.float().softmax(1), labels, None if loss is None else loss(logits, labels)
+            known = () if statistics is None else (statistics,)
+            return model(pixels.images().float(), *known), labels, None
+        logits = dense_logits(model, normaliser(pixels.images(), statistics=statistics))
+    losses = None if loss is None else loss.reported(loss(logits, labels)).T
+    return logits.float().softmax(1), labels, losses

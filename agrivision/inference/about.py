@@ -99,11 +99,14 @@ def _check(description: Description) -> None:
 def _check_model(model: dict[str, Any]) -> None:
     whole(model["base_channels"], 1, _WIDEST)
     whole(model["depth"])
+    whole(model["deep_supervision"])
     number(model["dropout"])
     for name, known in (
         ("convolution", ("same", "valid")),
-        ("up", ("transposed", "bilinear")),
+        ("up", ("transposed", "bilinear", "pixel_shuffle")),
         ("norm", ("batch", "group", "none")),
+        ("block", ("plain", "residual")),
+        ("attention", ("none", "gate")),
     ):
         if model[name] not in known:
             raise ValueError(f"its network has {name} {label(model[name])!r}")

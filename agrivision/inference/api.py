@@ -17,9 +17,11 @@ from agrivision.inference.exported import load_model
 from agrivision.inference.predict import PredictOptions, PredictSummary, predict
 from agrivision.inference.predictor import Predictor
 from agrivision.inference.reading import ArrayPixels, read_block
+from agrivision.inference.scene import statistics_of
 from agrivision.inference.store import Memory
 from agrivision.inference.tiling import Grid, Tiling
 from agrivision.inference.trained import TrainedModel
+from agrivision.maps.legend import NODATA
 
 Run = TrainedModel | str | Path
 
@@ -93,7 +95,11 @@ def predict_array(
         valid = np.ones(array.shape[1:], np.bool_)
         if about.nodata is not None:
             valid = ~(array == about.nodata).all(0)
+    if about.scope == "field":
+        predictor = replace(predictor, statistics=statistics_of(array, valid, about))
     pixels = ArrayPixels(array, valid)
+    after = how.after(about)
+    weights = after.weights if after is not None and after.weighs else None
     tiling = Tiling.of(about, how.tile, how.margin, how.overlap)
     batch_size = how.batch_size or tiling.batch(predictor.device)
     grid, store = Grid.of(tiling, *array.shape[1:]), Memory()
@@ -101,17 +107,22 @@ def predict_array(
         block = grid.block(number)
         cut = read_block(pixels, block, tiling)
         sums = add_up(predictor, cut, grid, block, tiling, batch_size=batch_size, report=lambda _: None)
-        keep(store, grid, block, sums, cut.valid, probabilities=True)
+        keep(store, grid, block, sums, cut.valid, probabilities=True, weights=weights)
     ids = np.empty(array.shape[1:], np.uint8)
     confidence = np.empty(array.shape[1:], np.float32)
     probabilities = np.empty((len(about.classes), *array.shape[1:]), np.float32)
     for (left, top, right, bottom), values in assemble(
-        store, grid, len(about.classes), probabilities=True
+        store, grid, len(about.classes), probabilities=True, weights=weights
     ):
         where = slice(top, bottom), slice(left, right)
         assert values.probabilities is not None
         ids[where], confidence[where] = values.ids, values.confidence / 255
         probabilities[:, where[0], where[1]] = values.probabilities / 255
+    if after is not None and after.sieves:
+        clean = after.sieved(ids, ids != NODATA)
+        rows, columns = np.nonzero(clean != ids)
+        new = probabilities[clean[rows, columns], rows, columns]
+        ids, confidence[rows, columns] = clean, np.maximum(new, np.float32(1 / 255))
     return Prediction(
         classes=about.classes, ids=ids, confidence=confidence, probabilities=probabilities
     )

@@ -18,6 +18,8 @@ from agrivision.inference.blend import Sums, Values, decide
 from agrivision.inference.store import Store
 from agrivision.inference.tiling import Block, Grid
 
+Weights = NDArray[np.float32] | None  # of the classes, see `decide`
+
 _UP, _LEFT, _DOWN, _RIGHT = "top", "left", "bottom", "right"
 
 
@@ -29,6 +31,7 @@ def keep(
     valid: NDArray[np.bool_],
     *,
     probabilities: bool,
+    weights: Weights = None,
 ) -> None:
     """Put what a block gave into the store.
 
@@ -39,13 +42,16 @@ def keep(
         sums: (classes, rows, columns) of its extent.
         valid: where its extent has data.
         probabilities: whether the map is to have those of all classes.
+        weights: see `decide`.
 
     Raises:
         StorageError, NotWritable: the disk refused.
     """
     height, width = _size(block.cell)
     down, across = grid.rows.overlap, grid.columns.overlap
-    own = decide(sums[:, :height, :width], valid[:height, :width], probabilities=probabilities)
+    own = decide(
+        sums[:, :height, :width], valid[:height, :width], probabilities=probabilities, weights=weights
+    )
     arrays: dict[str, NDArray[Any]] = {"ids": own.ids, "confidence": own.confidence}
     if own.probabilities is not None:
         arrays["probabilities"] = own.probabilities
@@ -61,7 +67,7 @@ def keep(
 
 
 def assemble(
-    store: Store, grid: Grid, classes: int, *, probabilities: bool
+    store: Store, grid: Grid, classes: int, *, probabilities: bool, weights: Weights = None
 ) -> Iterator[tuple[Window, Values]]:
     """The map cell by cell, once all blocks are there.
 
@@ -69,17 +75,23 @@ def assemble(
         store: with all blocks.
         grid: of the scene.
         classes: how many there are.
-        probabilities: whether the blocks were kept with those of all classes.
+        probabilities: whether those of all classes are wanted, with which the blocks were kept then.
+        weights: with which the blocks were kept.
 
     Raises:
         StorageError: a block is damaged.
     """
     for number in range(grid.blocks):
         block = grid.block(number)
-        yield block.cell, _finish(store, grid, block, classes, probabilities=probabilities)
+        yield (
+            block.cell,
+            _finish(store, grid, block, classes, probabilities=probabilities, weights=weights),
+        )
 
 
-def _finish(store: Store, grid: Grid, block: Block, classes: int, *, probabilities: bool) -> Values:
+def _finish(
+    store: Store, grid: Grid, block: Block, classes: int, *, probabilities: bool, weights: Weights
+) -> Values:
     height, width = _size(block.cell)
     number = block.number
     ids = store.get(number, "ids", "uint8", (height, width)).copy()
@@ -90,7 +102,7 @@ def _finish(store: Store, grid: Grid, block: Block, classes: int, *, probabiliti
     whole = Values(ids=ids, confidence=confidence, probabilities=all_)
     for rows, columns, sums in _edges(store, grid, block, classes):
         valid = confidence[rows, columns] > 0  # decided by the block alone, which knows it as well
-        part = decide(sums, valid, probabilities=probabilities)
+        part = decide(sums, valid, probabilities=probabilities, weights=weights)
         ids[rows, columns], confidence[rows, columns] = part.ids, part.confidence
         if all_ is not None and part.probabilities is not None:
             all_[:, rows, columns] = part.probabilities

@@ -6,9 +6,10 @@ Whole numbers add up alike in any order, so a map does not depend on how its win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,25 +119,46 @@ def _batches(cut: Cut, grid: Grid, block: Block, batch_size: int) -> Iterator[li
         yield filled[start : start + batch_size]
 
 
-def decide(sums: Sums, valid: NDArray[np.bool_], *, probabilities: bool) -> Values:
+def decide(
+    sums: Sums,
+    valid: NDArray[np.bool_],
+    *,
+    probabilities: bool,
+    weights: NDArray[np.float32] | None = None,
+) -> Values:
     """What finished sums say.
 
     Args:
         sums: of a rectangle that all its windows have been added to.
         valid: where the scene has data, (rows, columns).
         probabilities: whether those of all classes are wanted.
+        weights: by class id, that sums are multiplied by before the largest is taken; None for 1.
 
     Returns:
-        Of equal sums the class with the lowest id.
+        Of equal sums the class with the lowest id; its confidence is its probability, unweighted.
     """
-    ids, best = np.zeros(valid.shape, np.uint8), sums[0].copy()
-    for class_id, each in enumerate(sums[1:], 1):  # several times as fast as argmax over the first axis
-        np.putmask(ids, each > best, class_id)
-        np.maximum(best, each, out=best)
+    ids, best = _largest(sums if weights is None else map(np.multiply, sums, weights), valid.shape)
+    if weights is not None:
+        best = np.take_along_axis(sums, ids[None], 0)[0]
     ids[~valid] = NODATA
     confidence = np.where(valid, np.maximum(_byte(best), 1), 0).astype(np.uint8)
     kept = np.where(valid, _byte(sums), 0).astype(np.uint8) if probabilities else None
     return Values(ids=ids, confidence=confidence, probabilities=kept)
+
+
+def _largest(
+    each_class: Iterable[NDArray[Any]], shape: tuple[int, ...]
+) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Which class has the largest value at each pixel, and this value.
+
+    Several times as fast as argmax over the first axis.
+    """
+    ids, values = np.zeros(shape, np.uint8), iter(each_class)
+    best = next(values).copy()
+    for class_id, each in enumerate(values, 1):
+        np.putmask(ids, each > best, class_id)
+        np.maximum(best, each, out=best)
+    return ids, best
 
 
 def _byte(sums: NDArray[np.uint16]) -> NDArray[np.uint16]:

@@ -10,6 +10,9 @@ import torch
 import yaml
 
 import agrivision
+from agrivision.evaluation.choosing import OBJECTIVES
+from agrivision.inference.postprocessing import FILE as POSTPROCESSING
+from agrivision.inference.postprocessing import chosen_for
 from agrivision.inference.trained import Description, TrainedModel
 
 _TASK = "image-segmentation"
@@ -72,17 +75,36 @@ def _body(
         f" {description.dtype} as the sensor's product has them: what divides and shifts them is"
         f" {'in the file' if form != 'safetensors' else 'done on the way'}. Any number of images, of"
         f" any size; it was trained on tiles of {description.tile} x {description.tile} pixels.",
+        *_fields(description, form),
         _bands(description),
         "## What comes out",
         "The probability of each class for each pixel, float32 (images, classes, height, width).",
         _classes(description, scores),
         _score(scores),
+        *_after(trained),
         "## How to use it",
         _use(name, form, description),
         "## Where it comes from",
         _origin(trained, form, compared),
     ]
     return "\n\n".join(parts)
+
+
+def _fields(description: Description, form: str) -> list[str]:
+    """What a network that sees pixels relative to their field has to be told."""
+    if description.scope != "field":
+        return []
+    channels = ", ".join((*description.bands, *description.indices))
+    how = (
+        "agrivision takes them from the scene or the data set."
+        if form == "safetensors"
+        else "They are its second input, float32 (images, 2, channels); `agrivision predict` takes them"
+        " from the scene."
+    )
+    return [
+        "It sees pixels relative to their field: to mean and deviation, over the field's pixels that"
+        f" are not empty, of the channels {channels}. {how}"
+    ]
 
 
 def _bands(description: Description) -> str:
@@ -116,6 +138,20 @@ def _score(scores: Mapping[str, float | None] | None) -> str:
     return f"mIoU {_number(scores['mIoU'])} on the validation split of its own data set."
 
 
+def _after(trained: TrainedModel) -> list[str]:
+    """What `tune` chose for these weights: the file holds the network alone."""
+    chosen = chosen_for(trained)
+    if chosen is None:
+        return []
+    expected = _number(chosen.crossed) + " is to be expected with it"
+    return [
+        f"Post-processing was chosen for these weights on the split {chosen.split}:"
+        f" {_cell(chosen.how.line())}. It is not in this file: `predict --postprocess"
+        f" {POSTPROCESSING}` takes the run's. The {OBJECTIVES[chosen.objective]} without it is"
+        f" {_number(chosen.before)}, {expected}."
+    ]
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
@@ -127,21 +163,27 @@ def _cell(text: str) -> str:
 def _use(name: str, form: str, description: Description) -> str:
     shell = f"agrivision predict --checkpoint {name} scene.tif --out maps"
     image = f"image: (1, {len(description.bands)}, height, width) float32"
+    arguments, keyword, inputs, torch_too = "image", "", '{"pixels": image}', ""
+    if description.scope == "field":
+        channels = len(description.bands) + len(description.indices)
+        arguments, keyword = "image, field", ", statistics=torch.from_numpy(field)"
+        inputs, torch_too = '{"pixels": image, "statistics": field}', "import torch\n\n"
+        image += f", field: (1, 2, {channels}) float32"
     code = {
         "safetensors": (
-            "from agrivision.inference.exported import load_model\n\n"
+            f"{torch_too}from agrivision.inference.exported import load_model\n\n"
             f'model = load_model("{name}")\n'
-            f"probabilities = model.probabilities(image)  # {image}"
+            f"probabilities = model.probabilities(image{keyword})  # {image}"
         ),
         "torch-export": (
             "import torch\n\n"
             f'network = torch.export.load("{name}").module()  # runs code in it: from those you trust\n'
-            f"probabilities = network(image)  # {image}"
+            f"probabilities = network({arguments})  # {image}"
         ),
         "onnx": (
             "import onnxruntime\n\n"
             f'session = onnxruntime.InferenceSession("{name}")\n'
-            f'(probabilities,) = session.run(None, {{"pixels": image}})  # {image}'
+            f"(probabilities,) = session.run(None, {inputs})  # {image}"
         ),
     }[form]
     return f"```\n{shell}\n```\n\n```python\n{code}\n```"
@@ -154,6 +196,8 @@ def _origin(trained: TrainedModel, form: str, compared: str) -> str:
         if model.encoder is None
         else f"UNet with the timm encoder {model.encoder}"
     )
+    network += ", residual" if model.block == "residual" else ""
+    network += ", attention gates" if model.attention == "gate" else ""
     lines = {
         "network": f"{network}, {model.base_channels} channels at full resolution, norm {model.norm}",
         "weights": f"{_count(trained)} numbers, step {trained.step}",

@@ -24,8 +24,8 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from agrivision import checkpoint
-from agrivision.data.augment import Normaliser
 from agrivision.data.loader import evaluation_batches
+from agrivision.data.normalise import Normaliser
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
 from agrivision.errors import AgrivisionError, BadInput, CheckpointError, Unfaithful
@@ -59,9 +59,13 @@ class Pipeline(nn.Module):
         super().__init__()
         self.network, self._normaliser = network, normaliser
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Probabilities (B, classes, H, W) of pixels (B, bands, H, W) float32 as in the data set."""
-        return dense_logits(self.network, self._normaliser(pixels)).float().softmax(1)
+    def forward(self, pixels: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Probabilities (B, classes, H, W) of pixels (B, bands, H, W) float32 as in the data set.
+
+        What is relative to the images' fields needs their statistics, (B, 2, channels) float32.
+        """
+        normal = self._normaliser(pixels, statistics=statistics)
+        return dense_logits(self.network, normal).float().softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +134,8 @@ def export(trained: TrainedModel, out: Path, form: Form, samples: Samples) -> Ex
         trained: loaded from a run, a checkpoint or an exported safetensors file.
         out: file to write; its suffix goes with the form. `OUT.md` becomes the card.
         form: `safetensors` holds the weights and their description; `torch-export` and `onnx` hold a
-            graph from pixels to probabilities, for any number of images of any size.
+            graph from pixels to probabilities, for any number of images of any size; a network that
+            sees pixels relative to their field takes the statistics of that as a second input.
         samples: to compare on.
 
     Raises:
@@ -301,7 +306,7 @@ def _to_onnx(trained: TrainedModel) -> bytes:
             dynamo=True,
             external_data=False,
             verbose=False,
-            input_names=["pixels"],
+            input_names=["pixels", "statistics"][: len(program.graph_signature.user_inputs)],
             output_names=["probabilities"],
             custom_translation_table={
                 torch.ops.aten.remainder.Scalar: _remainder,
@@ -314,7 +319,8 @@ def _to_onnx(trained: TrainedModel) -> bytes:
             raise ValueError("it takes more than 2 GB")
     for value in (*model.graph.input, *model.graph.output):
         shape = value.type.tensor_type.shape
-        for place, name in ((0, "batch"), (2, "height"), (3, "width")):
+        sides = () if value.name == "statistics" else ((2, "height"), (3, "width"))
+        for place, name in ((0, "batch"), *sides):
             shape.dim[place].dim_param = name
     del model.graph.value_info[:]  # notes of the tracing, with its own names of the sizes
     onnx.helper.set_model_props(model, {KEY: _said(trained)})
@@ -357,9 +363,13 @@ def _traced(trained: TrainedModel) -> ExportedProgram:
     unit = network.input_size(1)
     # Sides that differ and that the network does not halve: whatever holds of them alone is no rule.
     images = torch.zeros(2, len(trained.description.bands), 2 * unit + 5, 2 * unit + 7)
-    sizes = {"pixels": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+    given: tuple[Tensor, ...] = (images,)
+    sizes: dict[str, Any] = {"pixels": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+    if trained.description.scope == "field":
+        given = images, trained.description.normaliser.statistics(images)
+        sizes["statistics"] = {0: Dim.DYNAMIC}
     with _quiet(), _refusals("torch.export"), torch.no_grad():
-        program = torch.export.export(pipeline, (images,), dynamic_shapes=sizes)
+        program = torch.export.export(pipeline, given, dynamic_shapes=sizes)
     return _of_any_size(program)
 
 

@@ -16,13 +16,12 @@ from typing import Literal
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from agrivision import checkpoint
 from agrivision.errors import CheckpointError
 from agrivision.inference.about import KEY, About, read_plain
-from agrivision.inference.onnx_network import read_onnx
-from agrivision.inference.program import read_program
+from agrivision.inference.onnx_network import OnnxNetwork, read_onnx
+from agrivision.inference.program import Program, read_program
 from agrivision.inference.trained import Description, TrainedModel, load_run, with_weights
 from agrivision.json_values import entries, parse, text
 from agrivision.model.build import build_model
@@ -118,7 +117,7 @@ def _metadata(content: bytes) -> str:
 def _check_weights(description: Description, weights: dict[str, torch.Tensor]) -> None:
     """Compare names and shapes before memory is taken for a network that a description only claims."""
     with torch.device("meta"):
-        network = build_model(description.model, len(description.bands), len(description.classes))
+        network = build_model(description.model, description.channels, len(description.classes))
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     if wanted != {name: tensor.shape for name, tensor in weights.items()}:
         raise ValueError("its weights are not those of the network that it describes")
@@ -134,8 +133,13 @@ def _read_onnx(path: Path, content: bytes, device: torch.device) -> TrainedModel
     return _taking_pixels(path, said, network.to(device), device)
 
 
-def _taking_pixels(path: Path, said: str, module: nn.Module, device: torch.device) -> TrainedModel:
+def _taking_pixels(
+    path: Path, said: str, module: Program | OnnxNetwork, device: torch.device
+) -> TrainedModel:
     about = About.from_text(said)
+    inputs = 2 if about.description.scope == "field" else 1
+    if module.inputs != inputs:
+        raise ValueError(f"its graph takes {module.inputs} inputs, its description says {inputs}")
     return TrainedModel(module.eval(), about.description, device, about.step, path, takes_pixels=True)
 
 

@@ -24,16 +24,24 @@ class OnnxNetwork(nn.Module):
     Args:
         session: of onnxruntime.
         digest: of the file: the module's only state.
+
+    Attributes:
+        inputs: how many the graph takes: with two, the statistics of the images' fields are the second.
     """
 
     def __init__(self, session: Any, digest: bytes) -> None:
         super().__init__()
         self._session = session
-        self._input: str = session.get_inputs()[0].name
+        self._names: list[str] = [each.name for each in session.get_inputs()]
+        self.inputs = len(self._names)
         self.register_buffer("digest", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, *statistics: Tensor) -> Tensor:
         """Run the graph.
+
+        Args:
+            pixels: (B, bands, H, W) float32, as in the data set.
+            statistics: (B, 2, channels) float32, where the graph takes them.
 
         Raises:
             BadInput: it is to be run in another precision than it was exported in.
@@ -41,9 +49,9 @@ class OnnxNetwork(nn.Module):
         """
         if torch.is_autocast_enabled(pixels.device.type):
             raise BadInput("an ONNX file computes as it was exported: leave out --precision bf16")
-        images = pixels.detach().cpu().contiguous().numpy()
+        given = [each.detach().cpu().contiguous().numpy() for each in (pixels, *statistics)]
         try:
-            (found,) = self._session.run(None, {self._input: images})
+            (found,) = self._session.run(None, dict(zip(self._names, given, strict=True)))
         except Exception as error:  # onnxruntime's have no common base of their own
             raise RuntimeError(f"onnxruntime: {error}") from None
         return torch.from_numpy(found).to(pixels.device)
@@ -82,7 +90,7 @@ def read_onnx(content: bytes, device: torch.device) -> tuple[str, OnnxNetwork]:
         session = runtime.InferenceSession(content, options, providers=_providers(runtime, device))
     except Exception as error:
         raise ValueError(f"onnxruntime does not take it: {error}") from None
-    if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:
+    if len(session.get_inputs()) not in (1, 2) or len(session.get_outputs()) != 1:
         raise ValueError("its graph takes or gives other things than images and probabilities")
     return said[KEY], OnnxNetwork(session, xxhash.xxh3_128_digest(content))
 

@@ -12,6 +12,7 @@ from agrivision.data.sources.guard import ALLOW_VRT, DRIVERS, VRT, is_raster
 from agrivision.data.sources.layouts import LAYOUTS
 from agrivision.errors import BadInput, SourceError
 from agrivision.inference.journal import make_folder
+from agrivision.inference.postprocessing import Postprocessing
 from agrivision.inference.predictor import Predictor
 from agrivision.inference.products import INDEX, Products, make_index, make_products, outputs
 from agrivision.inference.scene import Taking, look
@@ -51,6 +52,7 @@ class PredictOptions:
         taking: of scenes that are not like the tiles of the training.
         products: what is made of a scene besides the map.
         allow_vrt: take VRTs whose sources are plain files.
+        postprocessing: what is done with probabilities; None takes the likeliest class.
     """
 
     split: str | None = None
@@ -64,6 +66,7 @@ class PredictOptions:
     taking: Taking = field(default_factory=Taking)
     products: Products = field(default_factory=Products)
     allow_vrt: bool = False
+    postprocessing: Postprocessing | None = None
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "threads": 0, "tile": 1, "margin": 0, "overlap": 0}
@@ -71,6 +74,22 @@ class PredictOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise BadInput(f"{name} is {value}: it must be at least {bound}")
+
+    def after(self, description: Description) -> Postprocessing | None:
+        """The post-processing, if it changes anything.
+
+        Raises:
+            BadInput: it is for other classes.
+        """
+        found = self.postprocessing
+        if found is None:
+            return None
+        if found.classes != description.classes:
+            raise BadInput(
+                f"the post-processing is for the classes {', '.join(found.classes)}; the network knows"
+                f" {', '.join(description.classes)}"
+            )
+        return found if found.weighs or found.sieves else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +178,7 @@ def predict(
     networks = [trained] if isinstance(trained, TrainedModel) else trained
     predictor = Predictor.of(networks, symmetries=options.symmetries, precision=options.precision)
     description = predictor.description
+    after = options.after(description)
     found = _find(_listed(inputs), out, options, description)
     check_keys(found.tiles)
     check_outputs(found.scenes, out, options.products)
@@ -171,6 +191,7 @@ def predict(
         threads=options.threads,
         confidence=options.products.needs_confidence,
         probabilities=options.products.probabilities,
+        postprocessing=after,
     )
     scenes = [look(path, description, options.taking) for path in found.scenes]
     options.products.check(scenes)
@@ -188,6 +209,7 @@ def predict(
             out,
             batch_size=batch_size,
             threads=options.threads,
+            postprocessing=after,
             report=bar.advance,
             part=part,
             stop=stop,

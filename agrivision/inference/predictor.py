@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from agrivision.errors import BadInput
-from agrivision.inference.trained import Description, TrainedModel
+from agrivision.inference.trained import ChannelStatistics, Description, TrainedModel
 from agrivision.model.folding import folded
 from agrivision.model.precision import Precision
 
@@ -26,12 +26,15 @@ class Predictor:
             augmentation), eight times the work.
         precision: of the forward passes.
         fast: normalisation is folded into convolutions, which changes probabilities by rounding.
+        statistics: means and deviations of the channels of the scene that is predicted, for networks
+            that see pixels relative to their field; None: see `TrainedModel.probabilities`.
     """
 
     networks: tuple[TrainedModel, ...]
     symmetries: bool = False
     precision: Precision = "fp32"
     fast: bool = False
+    statistics: ChannelStatistics | None = None
 
     @classmethod
     def of(
@@ -48,7 +51,7 @@ class Predictor:
         """
         first = networks[0]
         for other in networks[1:]:
-            for name in ("bands", "classes", "dtype"):
+            for name in ("bands", "classes", "dtype", "scope", "indices"):
                 one, two = (getattr(each.description, name) for each in (first, other))
                 if one != two:
                     raise BadInput(
@@ -74,22 +77,33 @@ class Predictor:
         return [replace(each, module=folded(each.module)) for each in self.networks]
 
     @torch.inference_mode()
-    def probabilities(self, images: torch.Tensor | NDArray[Any], *, margin: int = 0) -> torch.Tensor:
+    def probabilities(
+        self,
+        images: torch.Tensor | NDArray[Any],
+        *,
+        margin: int = 0,
+        statistics: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Class probabilities of a batch of images.
 
         Args:
             images: (batch, bands, height, width), pixels as in the data set.
             margin: pixels along each edge that are of no interest.
+            statistics: (batch, 2, channels) of each image's field; None takes those of the scene.
 
         Returns:
             (batch, classes, height, width) float32 on the device, less the margins.
         """
         tensor = torch.as_tensor(images)
+        if statistics is None and self.statistics is not None:
+            statistics = torch.tensor([self.statistics]).expand(len(tensor), -1, -1)
         total: torch.Tensor | None = None
         for network in self._ready:
             for turns, mirrored in positions(self.symmetries):
                 turned = _turn(tensor, turns, mirrored=mirrored)
-                found = network.probabilities(turned, precision=self.precision, margin=margin)
+                found = network.probabilities(
+                    turned, precision=self.precision, margin=margin, statistics=statistics
+                )
                 back = _turn_back(found, turns, mirrored=mirrored)
                 total = back if total is None else total.add_(back)
         assert total is not None

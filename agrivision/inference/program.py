@@ -39,7 +39,7 @@ _OPERATORS = frozenset(
     contiguous conv1d conv2d conv_transpose2d cos cumsum detach detach_ div div_ dropout dropout_
     einsum elu elu_ empty_like eq exp expand expand_as flatten floor floor_divide flip full full_like
     ge gelu gelu_ group_norm gt hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_
-    index_select instance_norm layer_norm le leaky_relu leaky_relu_ lerp lift_fresh_copy
+    index_select instance_norm isfinite layer_norm le leaky_relu leaky_relu_ lerp lift_fresh_copy
     linalg_vector_norm linear log_softmax logical_and logical_not logical_or lt masked_fill
     masked_fill_ matmul max_pool2d maximum mean minimum mish mish_ movedim mul mul_ nan_to_num
     nan_to_num_ narrow ne neg new_zeros ones ones_like pad permute pixel_shuffle pixel_unshuffle pow
@@ -128,34 +128,42 @@ class Program(nn.Module):
     Args:
         steps: in their order.
         tensors: weights and constants by the names that the steps have for them.
-        source: name of the images.
+        sources: name of the images, and that of the statistics of their fields where it takes them.
         result: name of the probabilities.
         digest: of the file, so that other graphs with the same weights have another state.
+
+    Attributes:
+        inputs: how many the graph takes.
     """
 
     def __init__(
         self,
         steps: tuple[_Step, ...],
         tensors: Mapping[str, Tensor],
-        source: str,
+        sources: tuple[str, ...],
         result: str,
         digest: bytes,
     ) -> None:
         super().__init__()
-        self._steps, self._source, self._result = steps, source, result
+        self._steps, self._sources, self._result = steps, sources, result
+        self.inputs = len(sources)
         self._places = {name: f"tensor_{place}" for place, name in enumerate(tensors)}
         for name, place in self._places.items():
             self.register_buffer(place, _laid_out(tensors[name]))
         self.register_buffer("digest", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, *statistics: Tensor) -> Tensor:
         """Run the graph.
+
+        Args:
+            pixels: (B, bands, H, W) float32, as in the data set.
+            statistics: (B, 2, channels) float32, where the graph takes them.
 
         Raises:
             RuntimeError: the images do not fit it.
         """
         values: dict[str, Any] = {name: getattr(self, place) for name, place in self._places.items()}
-        values[self._source] = pixels
+        values.update(zip(self._sources, (pixels, *statistics), strict=True))
         for step in self._steps:
             named = {name: _filled(value, values, pixels) for name, value in step.named.items()}
             found = step.run(*(_filled(value, values, pixels) for value in step.positional), **named)
@@ -200,11 +208,11 @@ def read_program(content: bytes) -> tuple[str, Program]:
         weights = dict(_payloads(archive, f"{root}/data/weights", "model_weights_config.json"))
         constants = dict(_payloads(archive, f"{root}/data/constants", "model_constants_config.json"))
     module = entries(program["graph_module"])
-    tensors, source = _inputs(entries(module["signature"]), weights, constants)
+    tensors, sources = _inputs(entries(module["signature"]), weights, constants)
     graph = entries(module["graph"])
     result = _result(entries(module["signature"]))
-    steps = _steps(items(graph["nodes"]), {*tensors, source}, result)
-    return said, Program(steps, tensors, source, result, xxhash.xxh3_128_digest(content))
+    steps = _steps(items(graph["nodes"]), {*tensors, *sources}, result)
+    return said, Program(steps, tensors, sources, result, xxhash.xxh3_128_digest(content))
 
 
 def _check_archive(archive: zipfile.ZipFile) -> str:
@@ -258,14 +266,14 @@ def _tensor(content: bytes, meta: dict[str, Any]) -> Tensor:
 
 def _inputs(
     signature: dict[str, Any], weights: Mapping[str, Tensor], constants: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], str]:
-    """Weights and constants by their names in the graph, and the name of the images."""
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Weights and constants by their names in the graph, and the names of what it is given."""
     tensors: dict[str, Tensor] = {}
-    images: list[str] = []
+    given: list[str] = []
     for spec in items(signature["input_specs"]):
         ((kind, about),) = entries(spec).items()
         if kind == "user_input":
-            images.append(text(about["arg"]["as_tensor"]["name"]))
+            given.append(text(about["arg"]["as_tensor"]["name"]))
         elif kind == "parameter":
             tensors[text(about["arg"]["name"])] = weights[about["parameter_name"]]
         elif kind == "buffer":
@@ -275,9 +283,9 @@ def _inputs(
             tensors[text(about["arg"]["name"])] = constants[about["tensor_constant_name"]]
         else:
             raise ValueError(f"its graph takes a {shown(kind)}, which is not loaded")
-    if len(images) != 1:
-        raise ValueError(f"its graph takes {len(images)} inputs, not images alone")
-    return tensors, images[0]
+    if len(given) not in (1, 2):
+        raise ValueError(f"its graph takes {len(given)} inputs, not images and what their fields are")
+    return tensors, tuple(given)
 
 
 def _result(signature: dict[str, Any]) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agrivision.data.indices import places, ratio
 from agrivision.data.sources.ground import pixel_size
 from agrivision.data.sources.rasters import attempt, has_data, opened
 from agrivision.data.sources.source import Flaw
 from agrivision.errors import BadInput, SourceError
-from agrivision.inference.trained import Description
+from agrivision.inference.trained import ChannelStatistics, Description
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class Scene:
         offset: added to each band after that.
         resampled: the grid, where it is not the file's.
         resolution: metres a pixel, width and height; None where not known.
+        statistics: means and deviations of the channels over the scene, for a network that sees pixels
+            relative to their field; measured on about a million pixels that lie evenly over the scene.
     """
 
     path: Path
@@ -107,6 +110,7 @@ class Scene:
     offset: tuple[float, ...] | None = None
     resampled: Resampled | None = None
     resolution: tuple[float, float] | None = None
+    statistics: ChannelStatistics | None = None
 
     def scaled(self, found: NDArray[Any]) -> NDArray[Any]:
         """Bands of the network from those that are there, in the units of the training.
@@ -161,7 +165,8 @@ def look(path: Path, description: Description, taking: Taking = Taking()) -> Sce
                 resampled=grid,
                 resolution=resolution,
             )
-            return _with_scale(scene, dataset, description, taking)
+            scaled = _with_scale(scene, dataset, description, taking)
+            return _with_statistics(scaled, dataset, description)
     except Flaw as flaw:
         raise unreadable(flaw) from None
 
@@ -434,15 +439,8 @@ def _like_training(
 
     Measured on about a million pixels that lie evenly over the scene.
     """
-    shape = (min(dataset.height, _SAMPLE), min(dataset.width, _SAMPLE))
     gain, offset = [], []
-    there = [band for band in scene.bands if band is not None]
-    found = attempt(scene.path, lambda: dataset.read(there, out_shape=(len(there), *shape)))
-    valid = has_data(found, scene.nodata)
-    if scene.alpha is not None:
-        valid &= attempt(scene.path, lambda: dataset.read(scene.alpha, out_shape=shape)) > 0
-    elif "per_dataset" in {flag.name for flag in dataset.mask_flag_enums[0]}:
-        valid &= attempt(scene.path, lambda: dataset.read_masks(1, out_shape=shape)) > 0
+    found, valid = _sample(scene, dataset)
     if not valid.any():
         return [1.0] * len(scene.bands), [0.0] * len(scene.bands)
     bands = iter(found)
@@ -457,3 +455,44 @@ def _like_training(
         gain.append(factor)
         offset.append(mean - factor * float(values.mean()))
     return gain, offset
+
+
+def _sample(scene: Scene, dataset: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """A million pixels that lie evenly: (bands that are there, rows, columns), and where data is."""
+    shape = (min(dataset.height, _SAMPLE), min(dataset.width, _SAMPLE))
+    there = [band for band in scene.bands if band is not None]
+    found = attempt(scene.path, lambda: dataset.read(there, out_shape=(len(there), *shape)))
+    valid = has_data(found, scene.nodata)
+    if scene.alpha is not None:
+        valid &= attempt(scene.path, lambda: dataset.read(scene.alpha, out_shape=shape)) > 0
+    elif "per_dataset" in {flag.name for flag in dataset.mask_flag_enums[0]}:
+        valid &= attempt(scene.path, lambda: dataset.read_masks(1, out_shape=shape)) > 0
+    return found, valid
+
+
+# What light it was taken in
+
+
+def _with_statistics(scene: Scene, dataset: Any, description: Description) -> Scene:
+    if description.scope != "field":
+        return scene
+    found, valid = _sample(scene, dataset)
+    return replace(scene, statistics=statistics_of(scene.scaled(found), valid, description))
+
+
+def statistics_of(
+    image: NDArray[Any], valid: NDArray[np.bool_], description: Description
+) -> ChannelStatistics:
+    """Means and deviations of a network's channels over the valid pixels of an image.
+
+    Args:
+        image: (bands, height, width), pixels as in the data set.
+        valid: (height, width).
+        description: of the network.
+    """
+    bands = image[:, valid & np.isfinite(image).all(0)].astype(np.float64)
+    pairs = places(description.indices, description.bands)
+    channels = [*bands, *(ratio(bands[first], bands[second]) for first, second in pairs)]
+    if not bands.size:
+        return (0.0,) * len(channels), (0.0,) * len(channels)
+    return tuple(float(c.mean()) for c in channels), tuple(float(c.std()) for c in channels)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from agrivision.data.sources.rasters import opened
 from agrivision.data.sources.source import Flaw, Window
 from agrivision.errors import Interrupted, StorageError
 from agrivision.inference.ahead import one_ahead
-from agrivision.inference.assemble import assemble, keep
+from agrivision.inference.assemble import Weights, assemble, keep
 from agrivision.inference.blend import Values, add_up
+from agrivision.inference.cleaning import digest, mend_confidence, remove_specks, slices
 from agrivision.inference.journal import FOLDER, fingerprint, make_folder, remove_leftovers, stamp
+from agrivision.inference.postprocessing import Postprocessing
 from agrivision.inference.predictor import Predictor
 from agrivision.inference.reading import Cut, ScenePixels, open_scene, read_block
 from agrivision.inference.scene import Scene, unreadable
@@ -53,6 +55,7 @@ class How:
         threads: with any, one reads the next block while the network computes.
         confidence: whether to write the layer of the winning class's probability.
         probabilities: whether to write a layer with the probabilities of all classes.
+        postprocessing: what is done with probabilities; None takes the likeliest class.
     """
 
     predictor: Predictor
@@ -61,6 +64,7 @@ class How:
     threads: int = 2
     confidence: bool = False
     probabilities: bool = False
+    postprocessing: Postprocessing | None = None
 
     @property
     def legend(self) -> Legend:
@@ -84,7 +88,19 @@ class How:
             scene,
             [stamp(path) for path in files_of(scene.path)],
         )
-        return xxhash.xxh3_128_hexdigest(repr(about).encode())
+        text = repr(about)
+        if self.postprocessing is not None:
+            text += repr((self.postprocessing, self.keeps_probabilities))
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    @property
+    def keeps_probabilities(self) -> bool:
+        """Whether blocks are kept with those of all classes.
+
+        A pixel whose area was too small gets another class, of which the confidence is wanted then.
+        """
+        sieves = self.postprocessing is not None and self.postprocessing.sieves
+        return self.probabilities or (self.confidence and sieves)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +140,17 @@ class SceneWork:
         scene: as `look` found it.
         out: folder of the maps; `out/.predict/scenes` holds what is done so far.
         how: to predict.
+
+    Attributes:
+        postprocessing: with least areas in pixels of the scene's grid; None without.
     """
 
     def __init__(self, scene: Scene, out: Path, how: How) -> None:
         self.scene, self.out, self.how = scene, out, how
         self.grid = Grid.of(how.tiling, scene.height, scene.width)
         self.layers = Layers.of(scene.path, out, how)
+        trained, after = how.predictor.description.resolution, how.postprocessing
+        self.postprocessing = None if after is None else after.at(trained, scene.resolution)
         self.digest = how.digest(scene)
         state = out / FOLDER / SCENES
         self._folder = state / scene.path.stem
@@ -192,7 +213,7 @@ class SceneWork:
     def _predict(self, block: Block, cut: Cut, report: Callable[[int], None], stop: Stop) -> None:
         how = self.how
         sums = add_up(
-            how.predictor,
+            replace(how.predictor, statistics=self.scene.statistics),
             cut,
             self.grid,
             block,
@@ -201,7 +222,20 @@ class SceneWork:
             report=report,
             stop=stop,
         )
-        keep(self._store, self.grid, block, sums, cut.valid, probabilities=how.probabilities)
+        keep(
+            self._store,
+            self.grid,
+            block,
+            sums,
+            cut.valid,
+            probabilities=how.keeps_probabilities,
+            weights=self._weights,
+        )
+
+    @property
+    def _weights(self) -> Weights:
+        after = self.postprocessing
+        return after.weights if after is not None and after.weighs else None
 
     def missing(self) -> int:
         """How many blocks are not there yet."""
@@ -259,6 +293,8 @@ class SceneWork:
             digests = self._write_plain(beside, profiles, points)
             for kind, path in beside.items():
                 _check_written(path, paths[kind], digests[kind])
+            if self.postprocessing is not None and self.postprocessing.sieves:
+                self._remove_specks(beside, self.postprocessing.areas)
             for kind, path in paths.items():
                 write_cog(
                     beside[kind],
@@ -290,27 +326,46 @@ class SceneWork:
                     if points[0]:
                         files[kind].gcps = (points[0], points[1] or geodata().CRS())
                 cells = assemble(
-                    self._store, self.grid, classes, probabilities="probabilities" in beside
+                    self._store,
+                    self.grid,
+                    classes,
+                    probabilities="probabilities" in beside,
+                    weights=self._weights,
                 )
                 for cell, values in cells:
                     for kind, file in files.items():
                         layer = _layer(values, kind)
-                        file.write(layer, window=_slices(cell))
-                        digests[kind].append((cell, _digest(layer)))
+                        file.write(layer, window=slices(cell))
+                        digests[kind].append((cell, digest(layer)))
         except geodata().errors.RasterioError as error:
             reason = " ".join(str(error.__cause__ or error).split())
             why = f"{reason}; is the disk full?"
             raise StorageError(f"cannot write {self.layers.map}: {why}") from None
         return digests
 
+    def _remove_specks(self, beside: Mapping[str, Path], least: Sequence[int]) -> None:
+        """Change the plain layers: the classes of small areas, and the confidence in the new ones."""
+        cleaned = remove_specks(beside["map"], least)
+        _check_written(beside["map"], self.layers.map, cleaned)
+        if self.layers.confidence is not None:
+            classes = len(self.how.legend.classes)
+            cells = assemble(self._store, self.grid, classes, probabilities=True, weights=self._weights)
+            mended = mend_confidence(beside["confidence"], beside["map"], cells)
+            _check_written(beside["confidence"], self.layers.confidence, mended)
+
     def _tags(self) -> dict[str, str]:
         """What the map is made with."""
         networks = self.how.predictor.networks
         names = {f"CLASS_{number}": name for number, name in enumerate(self.how.legend.classes)}
-        return names | {
-            "AGRIVISION_DATA": networks[0].description.data_fingerprint,
-            "AGRIVISION_STEP": ",".join(str(network.step) for network in networks),
-        }
+        after = self.postprocessing
+        return (
+            names
+            | {
+                "AGRIVISION_DATA": networks[0].description.data_fingerprint,
+                "AGRIVISION_STEP": ",".join(str(network.step) for network in networks),
+            }
+            | ({} if after is None else {"AGRIVISION_POSTPROCESSING": after.line()})
+        )
 
 
 class Note:
@@ -371,15 +426,6 @@ def _layer(values: Values, kind: str) -> np.ndarray[Any, Any]:
     return (values.ids if kind == "map" else values.confidence)[None]
 
 
-def _slices(cell: Window) -> tuple[tuple[int, int], tuple[int, int]]:
-    left, top, right, bottom = cell
-    return (top, bottom), (left, right)
-
-
-def _digest(layer: np.ndarray[Any, Any]) -> int:
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(layer).data)
-
-
 def _profile(scene: Scene, dataset: Any, count: int, kind: str) -> dict[str, Any]:
     """Of a layer on the grid on which a scene is predicted, and in its coordinate system."""
     grid = scene.resampled
@@ -410,7 +456,7 @@ def _check_written(path: Path, target: Path, digests: Sequence[tuple[Window, int
     """
     try:
         with opened(path) as layer:
-            whole = all(_digest(layer.read(window=_slices(cell))) == digest for cell, digest in digests)
+            whole = all(digest(layer.read(window=slices(cell))) == found for cell, found in digests)
     except (Flaw, geodata().errors.RasterioError):
         whole = False
     if not whole:

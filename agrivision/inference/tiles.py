@@ -29,6 +29,7 @@ from agrivision.inference.journal import (
     read_records,
     remove_leftovers,
 )
+from agrivision.inference.postprocessing import Postprocessing
 from agrivision.inference.predictor import Predictor
 from agrivision.inference.tilesets import TileBatch, Tiles, grouped
 from agrivision.locks import FileLock
@@ -62,6 +63,7 @@ def predict_tiles(
     *,
     batch_size: int,
     threads: int,
+    postprocessing: Postprocessing | None = None,
     report: Callable[[int], None],
     part: Part = WHOLE,
     stop: Stop = never,
@@ -77,6 +79,8 @@ def predict_tiles(
         out: folder; it gets `labels/KEY.png`, `submission.zip` and `presence.csv`.
         batch_size: tiles in one forward pass.
         threads: that decode and write; 0 decodes in the caller's.
+        postprocessing: what is done with probabilities; None takes the likeliest class. The scores of
+            presence are those of the probabilities in either case.
         report: called with the number of tiles finished since the last call.
         part: which groups of tiles to predict.
         stop: whether to stop before the next batch.
@@ -92,7 +96,7 @@ def predict_tiles(
     """
     folder = out / LABELS
     make_folder(folder)
-    state, digest = out / FOLDER / LABELS, _digest(predictor, batch_size)
+    state, digest = out / FOLDER / LABELS, _digest(predictor, batch_size, postprocessing)
     name, what = f"{part.number}-of-{part.of}", f"part {part} into {out}"
     with Journal(state / name, digest, what, stop) as journal:
         before = _found_in(state, digest)
@@ -102,7 +106,7 @@ def predict_tiles(
             remove_leftovers(folder, {f"{key}.png" for number in left for key in keys[number]})
             report(sum(len(keys[number]) for number in groups) - sum(len(keys[n]) for n in left))
             with closing(tiles.batches(left, batch_size, threads, predictor.device)) as batches:
-                predicted = _predicted(predictor, batches, stop)
+                predicted = _predicted(predictor, batches, postprocessing, stop)
                 with ThreadPoolExecutor(max(threads, 1), "write") as pool:
                     for count in _write(predicted, folder, tiles, journal, pool):
                         report(count)
@@ -122,19 +126,21 @@ def shares(sets: Sequence[Tiles], batch_size: int, part: Part) -> Iterator[tuple
 _Predicted = tuple[Sequence[str], NDArray[np.uint8], list[list[float]]]
 
 
-def _digest(predictor: Predictor, batch_size: int) -> str:
+def _digest(predictor: Predictor, batch_size: int, after: Postprocessing | None) -> str:
     """Of everything that class ids depend on besides the tile."""
     first, *more = predictor.networks
-    return fingerprint(
-        first, batch_size, predictor.precision, predictor.symmetries, [fingerprint(m) for m in more]
-    )
+    others = [fingerprint(network) for network in more]
+    how = [batch_size, predictor.precision, predictor.symmetries, others]
+    return fingerprint(first, *how, *([] if after is None else [after]))
 
 
-def _predicted(predictor: Predictor, batches: Iterable[TileBatch], stop: Stop) -> Iterator[_Predicted]:
+def _predicted(
+    predictor: Predictor, batches: Iterable[TileBatch], after: Postprocessing | None, stop: Stop
+) -> Iterator[_Predicted]:
     for batch in batches:
         if stop():
             raise Interrupted("stopped; finished tiles are kept, and the same command goes on")
-        yield (batch.keys, *_predict(predictor, batch))
+        yield (batch.keys, *_predict(predictor, batch, after))
 
 
 def _write(
@@ -215,11 +221,14 @@ def _join(sets: Sequence[Tiles], out: Path, digest: str, classes: Sequence[str],
 
 
 @torch.inference_mode()
-def _predict(predictor: Predictor, batch: TileBatch) -> tuple[NDArray[np.uint8], list[list[float]]]:
+def _predict(
+    predictor: Predictor, batch: TileBatch, after: Postprocessing | None
+) -> tuple[NDArray[np.uint8], list[list[float]]]:
     """Class ids (tiles, height, width) and scores of presence by tile and class."""
-    probabilities = predictor.probabilities(batch.images)
+    probabilities = predictor.probabilities(batch.images, statistics=batch.statistics)
     scores = tile_scores(probabilities, batch.valid)
-    ids: NDArray[np.uint8] = probabilities.argmax(1).to(torch.uint8).cpu().numpy()
+    found = probabilities.argmax(1) if after is None else after.decide(probabilities, batch.valid)
+    ids: NDArray[np.uint8] = found.to(torch.uint8).cpu().numpy()
     return ids, scores.tolist()
 
 

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from agrivision.data.fields import FieldStatistics, fields_of, of_tiles
 from agrivision.data.labels import VALID_BIT
 from agrivision.data.loader import evaluation_batches
 from agrivision.data.schema import Schema
@@ -36,11 +37,13 @@ class TileBatch:
         keys: their names.
         images: (tiles, bands, height, width), pixels as in the data set, on any device.
         valid: bool (tiles, height, width), on the same device.
+        statistics: of the tiles' fields, float32 (tiles, 2, channels), where they are known.
     """
 
     keys: Sequence[str]
     images: torch.Tensor
     valid: torch.Tensor
+    statistics: torch.Tensor | None = None
 
 
 class Tiles(Protocol):
@@ -93,12 +96,14 @@ class PreparedTiles:
         schema: its description.
         split: name of the split.
         keys: in the order of the split.
+        fields: what its fields have in common; None where nobody needs to know.
     """
 
     folder: Path
     schema: Schema
     split: str
     keys: tuple[str, ...]
+    fields: FieldStatistics | None = None
 
     @property
     def place(self) -> str:
@@ -123,8 +128,10 @@ class PreparedTiles:
         with closing(loaded):
             for batch in loaded:
                 pixels = batch.pixels.to(device)
+                tiles = [chosen[tile] for tile in batch.tiles]
                 yield TileBatch(
-                    keys=[self.keys[chosen[tile]] for tile in batch.tiles],
+                    keys=[self.keys[tile] for tile in tiles],
+                    statistics=of_tiles(self.fields, tiles, device),
                     images=pixels.images(),
                     valid=((pixels.label_bits() >> VALID_BIT) & 1).bool(),
                 )
@@ -198,6 +205,7 @@ def open_dataset(folder: Path, split: str | None, description: Description) -> l
             schema=schema,
             split=reader.name,
             keys=tuple(shard.key(row) for shard in reader.shards() for row in range(len(shard.index))),
+            fields=fields_of(reader, description.scope),
         )
         for reader in readers
     ]
@@ -218,6 +226,11 @@ def open_folder(root: Path, split: str | None, description: Description) -> Fold
     if not layouts:
         return None
     _check_pixels(str(root), BANDS, "uint8", description)
+    if description.scope == "field":
+        raise SourceError(
+            f"{root}: the network sees pixels relative to their field, whose statistics `agrivision"
+            " prepare` takes: prepare the folder, and predict the data set"
+        )
     if split is not None and split not in layouts:
         there = ", ".join(name for name in layouts if name) or "none, its tiles are undivided"
         raise SourceError(f"{root} has no split {split!r}; there are: {there}")

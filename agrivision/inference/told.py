@@ -26,6 +26,7 @@ def network_of(work: SceneWork) -> Network:
         data_fingerprint=first.description.data_fingerprint,
         step=first.step,
         miou=scores.get("mIoU"),
+        postprocessing=None if work.postprocessing is None else work.postprocessing.line(),
     )
 
 
@@ -95,6 +96,7 @@ def _making(work: SceneWork, network: Network) -> Making:
         views=8 if how.predictor.symmetries else 1,
         precision=how.predictor.precision,
         resampled=_resampled(scene),
+        postprocessing=network.postprocessing,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from torch import nn
 
 from agrivision import checkpoint
 from agrivision.config import ModelConfig
-from agrivision.data.augment import Normaliser
+from agrivision.data.indices import places
+from agrivision.data.normalise import Normaliser, Scope
 from agrivision.data.schema import Schema
 from agrivision.errors import AgrivisionError, BadInput, CheckpointError
 from agrivision.json_values import entries, share
@@ -23,6 +24,8 @@ from agrivision.model.build import build_model
 from agrivision.model.padding import dense_logits
 from agrivision.model.precision import Precision, autocast
 from agrivision.rundir import RunDirectory, best_step
+
+ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]  # means, standard deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,9 @@ class Description:
         data_fingerprint: of the data set.
         data_mean: of each band over the training tiles, in the units of the pixels.
         data_std: of each band.
+        scope: whose mean and deviation the network sees pixels by; see `Normaliser`.
+        indices: names of the spectral indices that follow the bands.
+        absolute: whether a network with another scope sees all channels by the data set's too.
         resolution: metres a pixel in the data set; None where nothing says where its tiles lie.
     """
 
@@ -58,6 +64,9 @@ class Description:
     data_mean: tuple[float, ...] = ()
     data_std: tuple[float, ...] = ()
     resolution: float | None = None
+    scope: Scope = "data"
+    indices: tuple[str, ...] = ()
+    absolute: bool = False
 
     def __post_init__(self) -> None:
         # What older checkpoints lack: their networks see pixels by these, or by a range.
@@ -65,8 +74,14 @@ class Description:
         object.__setattr__(self, "data_std", self.data_std or self.std)
 
     @classmethod
-    def of(cls, model: ModelConfig, schema: Schema, normaliser: Normaliser) -> Description:
-        """Of a network that is trained on a data set."""
+    def of(
+        cls,
+        model: ModelConfig,
+        schema: Schema,
+        normaliser: Normaliser,
+        indices: tuple[str, ...] = (),
+    ) -> Description:
+        """Of a network that is trained on a data set, with the indices of that names."""
         return cls(
             # The weights of the encoder are in the checkpoint; the file need not be there any more.
             model=dataclasses.replace(model, encoder_weights=None),
@@ -82,6 +97,9 @@ class Description:
             data_mean=schema.statistics.mean,
             data_std=schema.statistics.std,
             resolution=schema.resolution,
+            scope=normaliser.scope,
+            indices=indices,
+            absolute=normaliser.absolute,
         )
 
     @classmethod
@@ -97,9 +115,21 @@ class Description:
                 for name, value in content.items()
             }
             fields["model"] = ModelConfig(**content["model"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
+            known = cls(**fields)
+            known._check_sight()
+            return known
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's description does not fit: {error}") from None
+
+    def _check_sight(self) -> None:
+        """Raise KeyError, TypeError or ValueError where nothing can be seen in such a way."""
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"it sees pixels relative to {str(self.scope)[:100]!r}")
+        if not isinstance(self.absolute, bool) or (self.absolute and self.scope == "data"):
+            raise ValueError(f"absolute is {str(self.absolute)[:100]!r}")
+        if len(set(self.indices)) < len(self.indices):
+            raise ValueError("an index stands twice")
+        places(self.indices, self.bands)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -108,7 +138,19 @@ class Description:
     @property
     def normaliser(self) -> Normaliser:
         """As it was in training."""
-        return Normaliser(mean=self.mean, std=self.std, nodata=self.nodata)
+        return Normaliser(
+            mean=self.mean,
+            std=self.std,
+            nodata=self.nodata,
+            scope=self.scope,
+            indices=places(self.indices, self.bands),
+            absolute=self.absolute,
+        )
+
+    @property
+    def channels(self) -> int:
+        """How many the network sees; see `Normaliser`."""
+        return self.normaliser.channels
 
 
 @dataclass(frozen=True)
@@ -122,7 +164,8 @@ class TrainedModel:
         step: optimiser steps that it was trained for.
         folder: the checkpoint, or the exported file, that it came from.
         takes_pixels: whether the module takes pixels as they are, float32 of any size, and gives
-            their probabilities, as one does that was exported with all around it.
+            their probabilities, as one does that was exported with all around it. With the scope
+            `field` it takes the statistics of the images' fields after them.
     """
 
     module: nn.Module
@@ -161,6 +204,7 @@ class TrainedModel:
         *,
         precision: Precision = "fp32",
         margin: int = 0,
+        statistics: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Class probabilities of a batch of images.
 
@@ -168,6 +212,8 @@ class TrainedModel:
             images: (batch, bands, height, width), any size, pixels as in the data set.
             precision: of the forward pass.
             margin: pixels along each edge that are of no interest.
+            statistics: (batch, 2, channels) float32, means and deviations of the images' fields, where
+                the network sees pixels relative to those; None takes each image for a field.
 
         Returns:
             (batch, classes, height, width) float32 on the device, less the margins.
@@ -183,19 +229,33 @@ class TrainedModel:
             )
         pixels = tensor.to(self.device).to(torch.float32)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
+        normaliser = self.description.normaliser
+        if statistics is not None:
+            statistics = statistics.to(self.device)
+        elif normaliser.scope == "field":
+            statistics = normaliser.statistics(pixels)
         with autocast(self.device, precision):
             if self.takes_pixels:
-                probabilities: torch.Tensor = self.module(pixels)
+                known = (statistics,) if normaliser.scope == "field" else ()
+                probabilities: torch.Tensor = self.module(pixels, *known)
                 return _inner(probabilities, margin)
-            logits = dense_logits(self.module, self.description.normaliser(pixels))
+            normal = normaliser(pixels, statistics=statistics)
+            logits = dense_logits(self.module, normal)
         return _inner(logits, margin).float().softmax(1)
 
-    def predict(self, image: NDArray[Any], *, precision: Precision = "fp32") -> NDArray[np.uint8]:
+    def predict(
+        self,
+        image: NDArray[Any],
+        *,
+        precision: Precision = "fp32",
+        statistics: torch.Tensor | None = None,
+    ) -> NDArray[np.uint8]:
         """The class of every pixel of one image.
 
         Args:
             image: (bands, height, width), any size, pixels as in the data set.
             precision: of the forward pass.
+            statistics: (1, 2, channels) float32, as in `probabilities`.
 
         Returns:
             (height, width) uint8 class ids.
@@ -203,7 +263,7 @@ class TrainedModel:
         Raises:
             BadInput: the number of bands differs.
         """
-        probabilities = self.probabilities(image[None], precision=precision)
+        probabilities = self.probabilities(image[None], precision=precision, statistics=statistics)
         return probabilities[0].argmax(0).to(torch.uint8).cpu().numpy()
 
 
@@ -270,7 +330,7 @@ def with_weights(
         ConfigurationError: its encoder is not installed.
         RuntimeError: the weights are not its own.
     """
-    module = build_model(description.model, len(description.bands), len(description.classes))
+    module = build_model(description.model, description.channels, len(description.classes))
     module.load_state_dict(weights)
     ready: nn.Module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return ready.eval()

@@ -73,6 +73,7 @@ class Making:
         views: turned and mirrored views of each window that were averaged; 1 is the plain one alone.
         precision: of the forward pass.
         resampled: how the scene's pixels were made those of the training, or None: as they were.
+        postprocessing: factors and least areas by class, in words; None where there were none.
     """
 
     checkpoints: tuple[str, ...]
@@ -85,6 +86,7 @@ class Making:
     views: int
     precision: str
     resampled: str | None = None
+    postprocessing: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +262,7 @@ def _making(page: Page) -> list[tuple[str, str]]:
     ensemble = (
         f" and {len(making.checkpoints) - 1} more, averaged" if len(making.checkpoints) > 1 else ""
     )
+    after = making.postprocessing
     return [
         ("Checkpoint", f"{making.checkpoints[0]}{ensemble}"),
         ("Trained for", f"{making.step:,} steps"),
@@ -272,6 +275,7 @@ def _making(page: Page) -> list[tuple[str, str]]:
         ),
         ("Test-time augmentation", views),
         ("Precision", making.precision),
+        *([] if after is None else [("Post-processing", after)]),
         ("Resampled", making.resampled or "no"),
         ("Coordinate system", page.crs or "none"),
         ("Pixel size", page.pixel_size or "not known"),

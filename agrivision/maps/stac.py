@@ -121,11 +121,13 @@ class Network:
         data_fingerprint: of the data set that the network learned from.
         step: optimiser steps that it was trained for.
         miou: its mean intersection over union in validation, 0 to 1; None where it is not known.
+        postprocessing: factors and least areas by class, in words; None where there were none.
     """
 
     data_fingerprint: str
     step: int
     miou: float | None = None
+    postprocessing: str | None = None
 
 
 def stac_item(
@@ -172,6 +174,8 @@ def stac_item(
         }
     if network.miou is not None:
         properties["agrivision:miou"] = network.miou
+    if network.postprocessing is not None:
+        properties["agrivision:postprocessing"] = network.postprocessing
     endings = {path.name.removeprefix(map_.stem): path for path in files}
     item: dict[str, Any] = {
         "type": "Feature",

@@ -30,18 +30,8 @@ from agrivision.rundir import RunDirectory, best_step
 from agrivision.world import World
 from tests.heard import hear, hear_one, refusal
 from tests.ranks import Disturbance, run
-from tests.training.runs import arguments
 
 CONTRACT = {"miou", "iou", "confusion", "classes"}
-
-
-@pytest.fixture(scope="module")
-def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learned a little: it predicts more than one class."""
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    changes = {"optimizer__lr": 0.02, "training__epochs": 4, "monitor__tensorboard": "false"}
-    assert run(arguments(dataset, run_dir, **changes)) == [0]
-    return run_dir
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def trained_model(folder: Path, **changes: Any) -> TrainedModel:
     }
     description = Description(**values | changes)
     torch.manual_seed(3)
-    module = build_model(model, len(description.bands), len(description.classes))
+    module = build_model(model, description.channels, len(description.classes))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(2.0)  # away from ties, and towards maps of many classes

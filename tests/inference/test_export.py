@@ -691,7 +691,22 @@ NETWORKS = [
     {"depth": 2, "convolution": "valid"},
     {"depth": 2, "up": "bilinear", "norm": "group"},
     {"depth": 2, "norm": "none", "dropout": 0.5},
+    {
+        "depth": 2,
+        "up": "pixel_shuffle",
+        "block": "residual",
+        "attention": "gate",
+        "deep_supervision": 1,
+    },
+    {
+        "depth": 1,
+        "convolution": "valid",
+        "up": "pixel_shuffle",
+        "block": "residual",
+        "attention": "gate",
+    },
     {"encoder": "resnet18"},
+    {"encoder": "resnet10t", "up": "pixel_shuffle", "attention": "gate", "deep_supervision": 2},
     {"encoder": "convnext_atto"},
     {"encoder": "efficientnet_b0", "up": "bilinear"},
 ]
