@@ -47,7 +47,7 @@ from agrivision.config import ModelConfig, OptimizerConfig
 from agrivision.model.build import build_model
 from agrivision.rundir import RunDirectory
 from agrivision.storage import sync_folder
-from agrivision.training.ema import WeightAverage
+from agrivision.training.ema import WeightAverage, exponential
 from agrivision.training.optimizer import Optimizer
 from agrivision.training.saver import Saved, Saver
 from benchmarks.common import Median, Report, interleaved, parser
@@ -100,7 +100,7 @@ class Trained:
         model = build_model(ModelConfig(base_channels=base), BANDS, CLASSES)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = Optimizer(self.model, OptimizerConfig())
-        self.average = WeightAverage(self.model, 0.99)
+        self.average = WeightAverage(self.model, exponential(0.99))
         self._images = torch.randn(batch, BANDS, side, side, device=device).contiguous(
             memory_format=torch.channels_last
         )
@@ -120,7 +120,7 @@ class Trained:
         """The second half: weights, moments and average change."""
         step = next(self._steps)
         self.optimizer.step(1e-4)
-        self.average.update(self.model, step)
+        self.average.update(self.model, step, step)
         self.wait()
 
     def wait(self) -> None:

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from agrivision.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainingConfig
-from agrivision.data.augment import Augment, Normaliser
+from agrivision.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from agrivision.data.augment import Augment
 from agrivision.data.decode import Pixels
 from agrivision.data.loader import Batch
+from agrivision.data.normalise import Normaliser
 from agrivision.data.order import Order
 from agrivision.distributed import Ranks
 from agrivision.model.build import build_model
@@ -99,7 +107,7 @@ def augmentation(settings: Config, side: int) -> Augment:
 
 def label_loss(device: torch.device) -> LabelSetLoss:
     """The loss of the default configuration."""
-    return LabelSetLoss(torch.ones(CLASSES), 1.0).to(device)
+    return LabelSetLoss(torch.ones(CLASSES), LossConfig()).to(device)
 
 
 def trainer(

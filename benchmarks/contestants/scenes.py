@@ -161,7 +161,7 @@ def load_network(setting: Setting) -> tuple[OnPixels, Description]:
     """The network as torch's users load one: contiguous, in evaluation mode, nothing folded."""
     states = checkpoint.load(next((setting.run / "checkpoints").iterdir())).states
     description = Description.from_dict(states["description"])
-    module = build_model(description.model, len(description.bands), len(description.classes))
+    module = build_model(description.model, description.channels, len(description.classes))
     module.load_state_dict(states["model"])
     return OnPixels(module, description).to(setting.device).eval(), description
 
