@@ -475,7 +475,7 @@ def _start(folder: Path, nodes: int | None, *, any_interface: bool) -> None:
     lines = [
         f"# Slurm {state} in {cluster.folder}: {options.nodes} nodes, each with {options.cpus} CPUs "
         f"and {options.gpus} GPUs, all invented",
-        "# without passwords: who can connect to it can run commands as you, as every user here can",
+        "# no passwords: any user of this machine can run commands as you",
         *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()),
         f"# to stop it: python -m launch.cluster stop --folder {cluster.folder}",
     ]

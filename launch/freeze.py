@@ -17,6 +17,8 @@ from pathlib import Path
 import yaml
 
 import agrivision
+from agrivision.commit import FILE as COMMIT
+from agrivision.commit import commit
 from agrivision.errors import BadInput
 from agrivision.locks import FileLock, Patience
 from agrivision.options import parse_train, refuse_passwords
@@ -160,6 +162,8 @@ def freeze_code(job: JobDirectory, *, again: bool = False) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         for package in _PACKAGES:
             shutil.copytree(source / package, beside / package, ignore=_LEFT_OUT)
+        if which := commit():
+            (beside / COMMIT).write_text(f"{which}\n")
         sync_tree(beside)
         beside.rename(job.code)
         sync_folder(job.path)

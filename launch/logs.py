@@ -64,6 +64,8 @@ def main(argv: list[str]) -> ExitCode:
         if source() is None and not args.follow:
             raise BadInput(f"no log yet in {job.path}: the job has not started (see launch status)")
     try:
+        if args.rank is None:
+            _write_earlier(job)
         for chunk in chunks(source, over=lambda: is_ended(job), follow=args.follow):
             _write(chunk)
     except KeyboardInterrupt:
@@ -90,7 +92,17 @@ def _write_all(several: Sequence[JobDirectory]) -> None:
     for job in several:
         _write(f"==> task {job.task} <==\n".encode())
         file = log_file(job)
+        _write_earlier(job)
         if file is not None:
+            _copy(file)
+
+
+def _write_earlier(job: JobDirectory) -> None:
+    """What the jobs before the latest have printed, where their logs still are."""
+    latest = log_file(job)
+    files = dict.fromkeys(log_file(job, number) for number in jobs_of(job))
+    for file in files:
+        if file is not None and file != latest:
             _copy(file)
 
 

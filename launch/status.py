@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -24,7 +25,9 @@ from rich.text import Text
 from agrivision.config import Config
 from agrivision.console import say
 from agrivision.data.order import Order
+from agrivision.data.sampling import repeats_of
 from agrivision.data.schema import Schema
+from agrivision.data.shards import SplitReader
 from agrivision.errors import AgrivisionError, ExitCode
 from agrivision.monitor.progress import clock_time
 from agrivision.options import read_config
@@ -76,8 +79,8 @@ class Row:
         command: of agrivision; empty for a run that was never launched.
         job: Slurm's id of the latest job.
         state: Slurm's word, in small letters, while Slurm knows the job; else what its files say: done,
-            given up, cancelled, lost, ended, not submitted, not launched. A run without a job is done
-            when it has done all of its steps.
+            given up, cancelled, lost, ended, not submitted, not launched. A run without a job is
+            running while a process of this machine trains in it, and done after all of its steps.
         step: optimiser steps done.
         total_steps: of the whole run.
         epoch: that the step is in, 1 for the first.
@@ -195,13 +198,16 @@ def row_of(found: Found, queued: Mapping[str, QueuedJob]) -> Row:
     path = _shown(found.path)
     if found.job is None:
         far = _progress(found.path, RunDirectory(found.path).config)
+        early = _ended_early(found.path, far)
         whole = far["total_steps"] is not None and far["step"] >= far["total_steps"]
-        return Row(path=path, state="done" if whole else "not launched", **far)
+        state = "done" if whole or early else "not launched"
+        return Row(path=path, state="running" if _runs_here(found.path) else state, why=early, **far)
     spec, latest = found.job.spec(), _latest(found.job)
     of_run = _progress(Path(spec.run_dir), found.job.config) if spec.run_dir else {}
+    early = _ended_early(Path(spec.run_dir), of_run) if spec.run_dir else ""
     known = [known_of(job, queued) for job, _ in latest]
     states = [state_of(job, last, now) for (job, last), now in zip(latest, known, strict=True)]
-    reasons = [why(last, now) for (_, last), now in zip(latest, known, strict=True)]
+    reasons = [early, *(why(last, now) for (_, last), now in zip(latest, known, strict=True))]
     return Row(
         path=path,
         command=spec.command[0] if spec.command else "",
@@ -212,6 +218,20 @@ def row_of(found: Found, queued: Mapping[str, QueuedJob]) -> Row:
         why="; ".join(dict.fromkeys(filter(None, reasons))),
         **of_run,
     )
+
+
+def _runs_here(run_dir: Path) -> bool:
+    """Whether a process of this machine trains in a run directory: the kernel lists who holds locks.
+
+    To try the lock instead could keep out a training that begins at this moment.
+    """
+    try:
+        about = RunDirectory(run_dir).lock_file.stat()
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return False
+    place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+    return any(place in line.split() for line in locks.splitlines())
 
 
 def known_of(job: str, queued: Mapping[str, QueuedJob]) -> QueuedJob | None:
@@ -294,6 +314,7 @@ def _progress(run_dir: Path, config: Path) -> dict[str, Any]:
     step = max(int(row.get("step", 0)), run.latest_step())
     scores, speed = run.evaluations(), row.get("images_per_second")
     best = best_step(scores)
+    left = 0 if plan is None or step in run.early_ends() else max(0, plan.steps - step)
     return {
         "step": step,
         "total_steps": None if plan is None else plan.steps,
@@ -302,8 +323,13 @@ def _progress(run_dir: Path, config: Path) -> dict[str, Any]:
         "best_miou": scores[best] if best is not None else None,
         "best_step": best,
         "images_per_second": speed,
-        "to_go": max(0, plan.steps - step) * plan.batch_size / speed if plan and speed else None,
+        "to_go": left * plan.batch_size / speed if plan and speed else None,
     }
+
+
+def _ended_early(run_dir: Path, far: Mapping[str, Any]) -> str:
+    """Why a run ended before its last step; empty where it did not, or has gone on since."""
+    return RunDirectory(run_dir).early_ends().get(far["step"], "")
 
 
 class Plan(NamedTuple):
@@ -331,10 +357,12 @@ def steps_of(config: Config, schema: Schema) -> int:
     """Steps of a run on some data.
 
     Raises:
-        DatasetError: the data has no such split.
+        DatasetError: the data has no such split, or its indexes cannot be read.
     """
+    reader = SplitReader(Path(config.data.path), schema, config.data.train_split)
+    repeats = repeats_of(reader, config.data.rare_sampling, config.seed)
     order = Order(
-        size=schema.split(config.data.train_split).tiles,
+        size=len(reader) if repeats is None else repeats.size,
         batch_size=config.data.batch_size,
         seed=config.seed,
     )
@@ -412,7 +440,7 @@ def print_report(found: Report) -> None:
         shown = [name for name in _COLUMNS if any(row[name] for row in rows)]
         table = Table(box=None, pad_edge=False)
         for name in shown:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", no_wrap=name in ("run", "state"))
         for row in rows:
             table.add_row(*(Text(row[name]) for name in shown))  # as text: brackets are no markup
         Console().print(table)

@@ -44,6 +44,17 @@ def test_whole_and_by_attempt(job: JobDirectory, capfdbinary: pytest.CaptureFixt
     assert shown([run_dir, "--rank", "1"], capfdbinary) == b"of rank 1\n"
 
 
+def test_after_earlier_jobs(job: JobDirectory, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    run_dir = str(job.path.parent)
+    job.submitted("8", by="launch")
+    assert shown([run_dir], capfdbinary) == FIRST + SECOND  # the new job has not begun
+    (job.path / "slurm-8.out").write_bytes(b"three\n")
+    job.submitted("9", by="launch")
+    assert shown([run_dir], capfdbinary) == FIRST + SECOND + b"three\n"
+    (job.path / "slurm-7.out").unlink()
+    assert shown([run_dir], capfdbinary) == b"three\n"
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

@@ -13,6 +13,7 @@ import pytest
 
 from agrivision.errors import BadInput
 from agrivision.rundir import RunDirectory
+from agrivision.world import World
 from launch.__main__ import main
 from launch.find import find, find_one
 from launch.freeze import freeze_train
@@ -278,6 +279,9 @@ def test_a_run_without_a_job(step: int, state: str, config: Path, tmp_path: Path
     run.metrics.write_text(f'{{"kind": "training", "step": {step}, "epoch": 0}}\n')
     (row,) = report(find([run.path])).rows
     assert (row.state, row.step, row.total_steps) == (state, step, 18)
+    with run.held(World()):
+        assert report(find([run.path])).rows[0].state == "running"
+    assert report(find([run.path])).rows[0].state == state
     run.config.unlink()  # nobody knows how many steps it has
     assert report(find([run.path])).rows[0].state == "not launched"
 
