@@ -17,6 +17,7 @@ from agrivision.commands import (
     evaluate,
     export,
     inspect,
+    models,
     predict,
     prepare,
     report,
@@ -24,6 +25,7 @@ from agrivision.commands import (
     synthesize,
     tensorboard,
     train,
+    tune,
 )
 from agrivision.commands.completion import completion
 from agrivision.commands.parsing import hinted, no_command
@@ -37,9 +39,11 @@ _COMMANDS = {
     "inspect": inspect.COMMAND,
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "tune": tune.COMMAND,
     "score": score.COMMAND,
     "predict": predict.COMMAND,
     "export": export.COMMAND,
+    "models": models.COMMAND,
     "report": report.COMMAND,
     "tensorboard": tensorboard.COMMAND,
     "doctor": doctor.COMMAND,

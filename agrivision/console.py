@@ -84,13 +84,28 @@ def print_scores(scores: Mapping[str, Any]) -> None:
             cells += [str(found.get("tiles", 0))]
             cells += [_number(found.get(kind)) for kind in ("average_precision", "f1")]
         table.add_row(name, *cells)
-    # A log has no width of its own; a table that is cut would be worth nothing.
-    seen = is_watched()
-    console = Console(width=None if seen else 120, force_terminal=seen)
-    console.print(table)
+    _print(table)
     absent = scores["absent"]
     note = f" (absent, not in the mean: {', '.join(absent)})" if absent else ""
     say(f"mIoU {_number(scores['miou'])} over {len(scores['classes']) - len(absent)} classes{note}")
+
+
+def print_tuned(found: Mapping[str, Any]) -> None:
+    """A table of what `Tuned.to_dict` holds, on stdout."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("class", "factor", "least area", "IoU before", "expected", "on the split"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for name in found["classes"]:
+        kinds = ("before", "crossed", "after")
+        scores = [_number(found[kind]["iou"][name] if found[kind] else None) for kind in kinds]
+        table.add_row(name, f"{found['factors'][name]:.3g}", str(found["areas"][name]), *scores)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    # A log has no width of its own; a table that is cut would be worth nothing.
+    seen = is_watched()
+    Console(width=None if seen else 120, force_terminal=seen).print(table)
 
 
 def _number(value: float | None) -> str:

@@ -22,6 +22,8 @@ from tests.heard import hear_one, refusal
         ("predict --checkpoint a b --out c --symetries", "did you mean --symmetries?"),
         ("inspect x --verfy=1", "did you mean --verify?"),
         ("train --run_dir x --optimiser.lr 3", "did you mean optimizer.lr?"),
+        ("tune run --data.path x", "unknown option --data.path (did you mean --data?)"),
+        ("evaluate --checkpoint a --data.path=x", "did you mean --data?"),
         ("predict b", "required: --checkpoint, --out"),
         ("inspect", "required: dataset"),
     ],
@@ -68,7 +70,7 @@ def test_bash_completes(tmp_path: Path) -> None:
     assert completed("agrivision predict --sy", tmp_path) == {"--symmetries"}
     assert completed("agrivision predict --precision b", tmp_path) == {"bf16"}
     assert completed("agrivision predict --checkpoint ru", tmp_path) == {"runs"}
-    assert completed("agrivision train --optimizer.l", tmp_path) == {"--optimizer.lr"}
+    assert completed("agrivision train --optimizer.mo", tmp_path) == {"--optimizer.momentum"}
     assert completed("agrivision completion z", tmp_path) == {"zsh"}
 
 

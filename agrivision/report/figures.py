@@ -16,7 +16,13 @@ from agrivision.report.rows import Evaluation, Numbers
 _STEP = "Step"
 _MINUTES_UP_TO = 3.0  # hours
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_-]+")
-_PARTS = {"total": "total", "cross_entropy": "cross-entropy", "dice": "Dice"}
+_PARTS = {
+    "total": "total",
+    "cross_entropy": "cross-entropy",
+    "dice": "Dice",
+    "lovasz": "Lovász",
+    "pnc": "balance",
+}
 _SINGLES = {
     "learning_rate": ("Learning rate", "learning_rate"),
     "gradient_norm": ("Gradient norm", "gradient_norm"),
@@ -110,7 +116,7 @@ def file_names(names: Sequence[str]) -> dict[str, str]:
 def _loss(history: History) -> Chart | None:
     rows, evaluations = history.metrics.training, history.metrics.evaluations
     lines = []
-    for (name, title), color in zip(_PARTS.items(), (None, SERIES[0], SERIES[1]), strict=True):
+    for (name, title), color in zip(_PARTS.items(), (None, *SERIES), strict=False):
         training, validation = _line(rows["step"], rows[name]), _of_evaluations(evaluations, name)
         alone = name != "total" and (
             _same(rows[name], rows["total"]) or not np.nan_to_num(rows[name]).any()

@@ -169,6 +169,8 @@ def _warnings(history: History) -> str:
         notes.append(f"The last evaluation is without {counted(left_out, 'tile')} that are damaged.")
     if history.state == RUNNING:
         notes.append("The run goes on: what stands here is what it had written so far.")
+    elif history.metrics.early_end is not None:
+        notes.append(f"The run ended early: {history.metrics.early_end}.")
     return "".join(f'<p class="note">{escaped(note)}</p>' for note in notes)
 
 

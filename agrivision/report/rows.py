@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agrivision.errors import BadInput
-from agrivision.json_values import entries, items, label, number, parse, share, whole
+from agrivision.errors import BadInput, one_line
+from agrivision.json_values import entries, items, label, number, parse, share, text, whole
 from agrivision.rundir import best_step
 
 Numbers = NDArray[np.float64]
@@ -29,6 +29,8 @@ _COLUMNS = (
     "total",
     "cross_entropy",
     "dice",
+    "lovasz",
+    "pnc",
     "gradient_norm",
     "learning_rate",
     "images_per_second",
@@ -102,6 +104,7 @@ class Metrics:
         training: a column by name, as long as one another, by step; NaN where a row lacks it.
         evaluations: by step, the last row of a step counts.
         saving: seconds that each checkpoint took.
+        ends: why the run ended before its last step, by the step where it did.
         unread: lines that are no rows; a torn last one is none of them.
         last_time: of any row, seconds since 1970; None where no row has one.
     """
@@ -109,6 +112,7 @@ class Metrics:
     training: dict[str, Numbers]
     evaluations: tuple[Evaluation, ...]
     saving: tuple[float, ...]
+    ends: dict[int, str]
     unread: int
     last_time: float | None
 
@@ -135,6 +139,11 @@ class Metrics:
         known = [one.epoch for one in self.evaluations if one.epoch is not None]
         return known[-1] if known else None
 
+    @property
+    def early_end(self) -> str | None:
+        """Why the run ended before its last step; None where it did not, or has gone on since."""
+        return self.ends.get(self.last_step)
+
     def evaluation(self, step: int) -> Evaluation | None:
         """The evaluation of a step; None where there was none."""
         return next((one for one in self.evaluations if one.step == step), None)
@@ -158,6 +167,7 @@ def read_metrics(path: Path) -> Metrics:
     columns = {name: array("d") for name in _COLUMNS}
     evaluations: dict[int, Evaluation] = {}
     saving, unread, latest = array("d"), 0, float("nan")
+    ends: dict[int, str] = {}
     kept: set[int] = set()
     try:
         for row in _rows(path):
@@ -174,6 +184,8 @@ def read_metrics(path: Path) -> Metrics:
                     kept = _keep(evaluations, {*kept, one.step})
                 elif kind == "checkpoint":
                     saving.append(number(content["seconds"]))
+                elif kind == "end":
+                    ends[whole(content["step"])] = one_line(text(content["reason"]))
             except (ValueError, KeyError):
                 unread += 1
     except FileNotFoundError:
@@ -191,6 +203,7 @@ def read_metrics(path: Path) -> Metrics:
         training={name: np.array(values)[order] for name, values in columns.items()},
         evaluations=tuple(evaluations[step] for step in sorted(evaluations)),
         saving=tuple(saving),
+        ends=ends,
         unread=unread,
         last_time=None if np.isnan(latest) else float(latest),
     )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agrivision.data.decode import Pixels, decode_record
+from agrivision.data.fields import FieldStatistics, fields_of, of_tiles
 from agrivision.data.shards import SplitReader
 from agrivision.errors import AgrivisionError, DatasetError
 from agrivision.inference.trained import TrainedModel, load_run
@@ -106,13 +107,14 @@ def _draw(
     precision: Precision = "bf16" if values.get("training.precision") == "bf16" else "fp32"
     try:
         reader = SplitReader(data.folder, schema, split)
+        fields = fields_of(reader, about.scope)
         places = _places(reader, {key for _, key in named})
     except AgrivisionError as error:
         return _none(f"They cannot be drawn: {error}.")
     pictures: dict[str, Picture] = {}
     for key, tile in places.items():
         try:
-            pictures[key] = _picture(reader, tile, trained, precision)
+            pictures[key] = _picture(reader, tile, trained, precision, fields)
         except DatasetError:
             continue  # counted below
     shown = tuple(
@@ -136,7 +138,13 @@ def _places(reader: SplitReader, keys: set[str]) -> dict[str, int]:
     return found
 
 
-def _picture(reader: SplitReader, tile: int, trained: TrainedModel, precision: Precision) -> Picture:
+def _picture(
+    reader: SplitReader,
+    tile: int,
+    trained: TrainedModel,
+    precision: Precision,
+    fields: FieldStatistics | None,
+) -> Picture:
     """A tile as the checkpoint sees it.
 
     Raises:
@@ -146,7 +154,8 @@ def _picture(reader: SplitReader, tile: int, trained: TrainedModel, precision: P
     pixels = Pixels.allocate(schema, 1)
     decode_record(reader.read(tile), schema, pixels, 0)
     image: NDArray[Any] = pixels.images()[0].numpy().astype(schema.dtype)
-    predicted = trained.predict(image, precision=precision)
+    statistics = of_tiles(fields, [tile], trained.device)
+    predicted = trained.predict(image, precision=precision, statistics=statistics)
     every = -(-schema.tile // _PANE)
     return panel(
         image[:, ::every, ::every],

@@ -39,6 +39,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "docs/reliability.md": ("data/av2021",),
     "docs/configuration.md": ("data/farm",),
     "docs/shards.md": ("data/av2021",),
+    "docs/models.md": (),
 }
 PLAIN = {"docs/start.md", "docs/shards.md"}  # the others take minutes
 # The configurations are those of the repository, but for these values.

@@ -117,14 +117,16 @@ class Retention(RuleBasedStateMachine):
             assert all(path.name in self.damaged for path in self.there())
             assert self.there()
             shutil.rmtree(self.checkpoints)  # what the line tells the user: start again
-            self.damaged.clear()
-            self.unreadable.clear()
+            unseen = {path.name for path, _ in self.hidden}
+            self.damaged &= unseen
+            self.unreadable = {name: held for name, held in self.unreadable.items() if name in unseen}
             found = None
         self.step = 0 if found is None else found.step
         if found is not None:
             assert found.folder.name not in self.damaged
             checkpoint.set_aside(self.checkpoints, found.step)
         self.scores = {step: score for step, score in self.scores.items() if step <= self.step}
+        self.milestones = {step for step in self.milestones if step <= self.step}
         self.write_scores()
         self.saver = self.begin(None if found is None else found.step)
 
@@ -143,8 +145,12 @@ class Retention(RuleBasedStateMachine):
     def look_again(self) -> None:
         path, aside = self.hidden.pop()
         if path.exists():
-            shutil.rmtree(aside)  # its name was taken meanwhile; a server would not have allowed that
+            # Its name was taken meanwhile; a server would not have allowed that.
+            if self.unreadable.get(path.name) == content(aside):
+                del self.unreadable[path.name]
+            shutil.rmtree(aside)
         else:
+            path.parent.mkdir(exist_ok=True)  # the user may have started again meanwhile
             aside.rename(path)
 
     def there(self) -> list[Path]:
@@ -187,11 +193,16 @@ class RetentionKeeps(Retention):
         assert f"step-{self.step:09d}" in after
         # That many are whole, if there ever were, but for what has changed since this attempt read it.
         counted = after | {path.name for path in self.there() if path.name in self.unnoticed}
-        assert len(counted) >= min(self.keep_last, len(before | after))
+        # What is later than this step was seen again meanwhile: another attempt's, which makes way.
+        whole = {name for name in before | after if name <= f"step-{self.step:09d}"}
+        assert len(counted) >= min(self.keep_last, len(whole))
         kept = {step for step in self.milestones if f"step-{step:09d}" in before}
-        scored = {s: v for s, v in self.scores.items() if f"step-{s:09d}" in before}
+        # What was damaged since this attempt read it still counts as whole, and as the best.
+        seen = before | self.unnoticed
+        scored = {s: v for s, v in self.scores.items() if f"step-{s:09d}" in seen}
         if scored:
-            kept.add(max(scored, key=lambda step: (scored[step], -step)))
+            best = max(scored, key=lambda step: (scored[step], -step))
+            kept |= {best} if f"step-{best:09d}" in before else set()
         assert {f"step-{step:09d}" for step in kept if step <= self.step} <= after
 
 
