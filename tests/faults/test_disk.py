@@ -93,7 +93,7 @@ PLACES = ["checkpoints", "log", "tensorboard"]
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A run directory, and a place in it that is a small disk of its own."""
     (tmp_path / "run").mkdir(mode=0o700)
-    with small_disk(tmp_path / "run" / request.param, "4m") as place:
+    with small_disk(tmp_path / "run" / request.param, "8m") as place:
         yield place
 
 
