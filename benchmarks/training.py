@@ -78,7 +78,11 @@ class Ready:
             labels=(1 << draw(tiles, torch.int16, 0, CLASSES)) | -(2**15),
         )
         self._batch = Batch(
-            pixels=self.pixels, tiles=range(samples), count=samples, whole=order.batch(0)
+            pixels=self.pixels,
+            tiles=range(samples),
+            count=samples,
+            whole=order.batch(0),
+            samples=range(samples),
         )
 
     def next_batch(self) -> Batch:
