@@ -21,7 +21,7 @@ from agrivision.inference.trained import load_run
 from agrivision.model.unet import UNet
 from agrivision.world import World
 from benchmarks.accuracy import bench, ours, tables
-from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.__main__ import _names, main
 from benchmarks.accuracy.bench import PLAIN_RECIPE, RECOMMENDED, Job, plan, run
 from benchmarks.accuracy.contestants import OURS, PEERS, PLAIN
 from benchmarks.accuracy.ingredients import INGREDIENTS
@@ -45,6 +45,11 @@ def task(dataset: Path) -> Task:
         plain=RECIPES / "plain.yaml",
         recommended=RECIPES / "fields.yaml",
     )
+
+
+def test_every_ingredient_can_be_named_on_the_command_line() -> None:
+    for name in INGREDIENTS:
+        assert _names(name) == (name,)
 
 
 def test_the_score_is_that_of_the_same_predictions_as_pngs(task: Task, tmp_path: Path) -> None:

@@ -17,28 +17,28 @@ INGREDIENTS: Mapping[str, Mapping[str, Any]] = {
     "cosine after a warm-up": {"schedule.name": "cosine", "schedule.warmup": 0.1},
     "cosine after a long warm-up": {"schedule.name": "cosine", "schedule.warmup": 0.3},
     "gradient clipping": {"optimizer.clip_norm": 1.0},
-    "average of weights, decaying": {"training.ema_decay": 0.98, "training.tail_average": 0.0},
-    "average of weights, last fifth": {"training.ema_decay": 0.0, "training.tail_average": 0.2},
+    "decaying average of weights": {"training.ema_decay": 0.98, "training.tail_average": 0.0},
+    "average of the last weights": {"training.ema_decay": 0.0, "training.tail_average": 0.2},
     "crops that grow": {"data.crop_start": 32},
     # Loss
     "Dice": {"loss.dice_weight": 1.0},
-    "Tversky, for recall": {
+    "Tversky for recall": {
         "loss.dice_weight": 1.0,
         "loss.tversky_alpha": 0.3,
         "loss.tversky_beta": 0.7,
     },
     "Lovász": {"loss.lovasz_weight": 1.0},
     "focal": {"loss.focal_gamma": 2.0},
-    "class weights, square root": {"loss.class_weights": "sqrt"},
-    "class weights, inverse": {"loss.class_weights": "inverse"},
-    "class weights, effective number": {"loss.class_weights": "effective"},
+    "class weights by square root": {"loss.class_weights": "sqrt"},
+    "class weights by inverse": {"loss.class_weights": "inverse"},
+    "class weights by effective number": {"loss.class_weights": "effective"},
     "positive and negative classes balanced": {"loss.pnc_weight": 1.0},
     "weight of borders": {"loss.border_weight": 5.0},
     "smooth labels at borders": {"loss.border_smoothing": 0.1},
     # Input and augmentation
     "no mirroring": {"augment.flip": False},
     "quarter turns": {"augment.rotate90": True},
-    "brightness, contrast, gains": {
+    "jittered light": {
         "augment.brightness": 0.2,
         "augment.contrast": 0.1,
         "augment.band_gain": 0.1,
