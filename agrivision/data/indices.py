@@ -49,9 +49,9 @@ def sums_of_index(
         valid: of the same shape.
     """
     if first.dtype == np.uint8:
-        pairs = (first.astype(np.uint16) << np.uint16(8) | second)[valid]
-        counts = np.bincount(pairs, minlength=1 << 16)
-        return float(counts @ _OF_BYTES) / STEPS, float(counts @ _OF_BYTES**2) / STEPS**2
+        pairs = (first.astype(np.uint16) << np.uint16(8) | second) * valid  # 0, 0 has the index 0
+        counts = np.bincount(pairs.reshape(-1), minlength=1 << 16)
+        return float(counts @ _OF_BYTES) / STEPS, float(counts @ _SQUARES) / STEPS**2
     values = _steps(first[valid], second[valid])
     return float(values.sum()) / STEPS, float(np.square(values).sum()) / STEPS**2
 
@@ -69,3 +69,4 @@ def _steps(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.int64]:
 
 _BYTES = np.arange(1 << 8, dtype=np.float64)
 _OF_BYTES = _steps(np.repeat(_BYTES, 1 << 8), np.tile(_BYTES, 1 << 8))
+_SQUARES = _OF_BYTES**2
