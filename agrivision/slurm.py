@@ -71,9 +71,13 @@ def call(
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line that a command said of its failure."""
+    """The last line that a command said of its failure, and whom it asked, where nobody answered."""
     lines = (done.stderr or done.stdout).strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    line = lines[-1] if lines else f"exit code {done.returncode}"
+    if "Unable to contact slurm controller" not in line:
+        return line
+    asked = os.environ.get("SLURM_CONF")
+    return f"{line}: {f'does the cluster of SLURM_CONF={asked}' if asked else 'does it'} still run?"
 
 
 def fields(line: str) -> dict[str, str]:

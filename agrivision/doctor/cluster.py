@@ -185,8 +185,8 @@ def examine_settings(settings: Mapping[str, str], wanted: Wanted, pace: Pace) ->
         wanted.signal_seconds,
         pace.needed,
         pace.needed / 2,
-        f"jobs are warned {wanted.signal_seconds} s before their limit, and need {pace.needed:.0f} s",
-        f"ask for --signal=USR1@{2 * pace.needed:.0f} (launch: --signal_seconds {2 * pace.needed:.0f})",
+        f"jobs are warned {wanted.signal_seconds} s before their limit, and need {pace.needed} s",
+        f"ask for --signal=USR1@{2 * pace.needed} (launch: --signal_seconds {2 * pace.needed})",
     )
     wait = _seconds(settings.get("KillWait", ""))
     yield _SLURM.graded(
@@ -194,7 +194,7 @@ def examine_settings(settings: Mapping[str, str], wanted: Wanted, pace: Pace) ->
         pace.needed,
         0,
         f"KillWait is {wait:.0f} s: so long a job has after `scancel`",
-        f"a run needs {pace.needed:.0f} s: a cancelled one may lose what came after its last save",
+        f"a run needs {pace.needed} s: a cancelled one may lose what came after its last save",
     )
     remembered = _seconds(settings.get("MinJobAge", ""))
     yield _SLURM.graded(
@@ -298,7 +298,7 @@ def _preemption(
         f" (GraceTime) and {wait:.0f} s (KillWait) to save"
     )
     advice = (
-        f"a run needs {pace.needed:.0f} s: what came after its last save may be lost; save more often"
+        f"a run needs {pace.needed} s: what came after its last save may be lost; save more often"
         " (--training.checkpoint_every_minutes), or ask the admin for a longer GraceTime"
     )
     if grace == 0 and grace + wait >= pace.needed:

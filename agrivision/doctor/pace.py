@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,14 +38,14 @@ class Pace:
     known: bool
 
     @property
-    def needed(self) -> float:
-        """Seconds that a run should have."""
-        return _MARGIN * (self.step + self.save)
+    def needed(self) -> int:
+        """Whole seconds that a run should have."""
+        return math.ceil(_MARGIN * (self.step + self.save))
 
     def __str__(self) -> str:
         origin = "as in this run" if self.known else "guessed for a large network"
         parts = f"a step ({self.step:.1f} s) and a save ({self.save:.1f} s)"
-        return f"{self.needed:.0f} s for {parts}, {origin}"
+        return f"{self.needed} s for {parts}, {origin}, and half as much again"
 
 
 def pace_of(run_dir: Path | None, written: float | None) -> Pace:

@@ -277,7 +277,9 @@ def test_the_pace_is_that_of_the_run(tmp_path: Path) -> None:
         run_with(tmp_path, trained(1, 16.0), trained(2, 8.0), trained(3, 2.0), log=LOG), None
     )
     assert (pace.step, pace.save, pace.known) == (4.0, 12.5, True)
-    assert pace.needed == 1.5 * 16.5
+    assert pace.needed == 25  # half as much again as 16.5, rounded up
+    assert str(pace).startswith("25 s for a step (4.0 s) and a save (12.5 s), ")
+    assert str(pace).endswith(" half as much again")
 
 
 def test_the_time_of_an_evaluation_is_none_of_a_step(tmp_path: Path) -> None:
