@@ -85,7 +85,8 @@ def test_no_grace_and_a_save_that_does_not_fit_are_named(
 
 def test_a_warning_that_comes_too_late_is_named(here: Cluster) -> None:
     found = about(examine_slurm(Wanted(signal_seconds=10), SLOW), "are warned 10 s before")
-    assert (found.verdict, "--signal=USR1@45" in found.advice) == (Verdict.BAD, True)
+    lead = f"--signal=USR1@{2 * SLOW.needed} "
+    assert (found.verdict, lead in found.advice) == (Verdict.BAD, True)
 
 
 def test_a_partition_that_is_down_is_named(here: Cluster) -> None:
