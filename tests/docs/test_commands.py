@@ -48,7 +48,7 @@ SMALLER = {
     "data.crop": 32,
     "data.threads": 1,
     "model.base_channels": 4,
-    "model.depth": 2,
+    "model.depth": 3,
     "training.epochs": 1,
     "training.max_steps": 4,
     "training.precision": "fp32",

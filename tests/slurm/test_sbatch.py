@@ -99,7 +99,7 @@ def test_a_preempted_prediction_goes_on(
     monkeypatch.setenv(MOMENTS, str(moments))
     number = script(
         every_cluster, tmp_path, "predict", *words, "--out", str(tmp_path / "array"),
-        options=["--array=0-1", "--partition=preempt", "--exclusive"],
+        options=["--array=0-1", "--partition=preempt", "--exclusive", "--ntasks-per-node=1"],
     )  # fmt: skip
     victim = f"{number}_0"
     begun = moments / moment("task 0 batch 3", restart=0)
