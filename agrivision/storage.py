@@ -31,7 +31,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        # Of a killed process of this number; in a folder of many, perhaps a link that somebody laid there.
+        beside.unlink(missing_ok=True)
+        with beside.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -41,6 +41,17 @@ def test_the_last_version_stands(versions: list[bytes]) -> None:
             assert files(Path(folder)) == {"file": content}
 
 
+def test_a_link_where_the_new_version_grows_is_not_followed(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"somebody else's")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / f".file.{os.getpid()}.part").symlink_to(foreign)
+    write_atomically(folder / "file", b"new")
+    assert foreign.read_bytes() == b"somebody else's"
+    assert files(folder) == {"file": b"new"}
+
+
 class Killed(BaseException):
     pass
 
