@@ -1,7 +1,7 @@
 """T2: what exchanging gradients costs: ranks that train together against the same ranks, each alone.
 
 Without a launcher it starts two ranks on this machine. Under `srun` or `torchrun` it measures the ranks
-that it finds, on GPUs where there are any: `slurm/bench.sbatch` submits that.
+that it finds, on GPUs where there are any: `benchmarks/bench.sbatch` submits that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -60,7 +61,8 @@ def _measure(world: World, args: argparse.Namespace) -> None:
     device = pick_device(world)
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    with connected(world, device) as ranks:
+    # Ranks of a Slurm step meet in the folder that the job was submitted from: names may not resolve.
+    with connected(world, device, Path.cwd()) as ranks:
         turns = _turns(args, ranks, device)
         for turn in turns.values():
             for _ in range(_WARM_UP):

@@ -81,7 +81,7 @@ def test_a_launched_run_is_the_run_on_this_machine(
 ) -> None:
     reference, run_dir = tmp_path / "reference", tmp_path / ODD
     resources = ["--nodes", "2", "--time", "10", "--job_name", ODD, "--comment", f"{ODD}\\"]
-    launch("train", *train(dataset, run_dir), *resources)
+    launch("train", *train(dataset, run_dir), "--profile", *resources)
     number = last_job(run_dir)
     undisturbed(arguments(dataset, reference), ranks=2)
     record = wait_for_end(cluster, number, SECONDS)
@@ -92,6 +92,10 @@ def test_a_launched_run_is_the_run_on_this_machine(
     assert_same(run_dir, reference)
     (row,) = rows(run_dir, capsys)
     assert (row["state"], row["step"], row["total_steps"], row["attempts"]) == ("done", 18, 18, 1)
+    assert {path.name for path in (run_dir / "profile").glob("*.gz")} == {
+        "rank-0.trace.json.gz",
+        "rank-1.trace.json.gz",
+    }
     assert not list(tmp_path.rglob("HACK"))
     assert all(path.stat().st_mode & 0o077 == 0 for path in (run_dir, run_dir / "launch"))
 

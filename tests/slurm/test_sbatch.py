@@ -23,6 +23,9 @@ from tests.slurm.runs import SCRIPTS, References, environment, hook, submit
 from tests.training.runs import arguments
 
 
+ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
@@ -129,6 +132,19 @@ def test_evaluate(cluster: Cluster, dataset: Path, trained: Path, tmp_path: Path
     assert json.loads((tmp_path / "job.json").read_text()) == json.loads(
         (tmp_path / "alone.json").read_text()
     )
+
+
+@pytest.mark.parametrize("words", [("ddp", "--quick"), ("gpu", "--quick")], ids=["ddp", "gpu"])
+def test_a_benchmark(cluster: Cluster, tmp_path: Path, words: Sequence[str]) -> None:
+    """It measures where it was submitted to: there, ranks of a job and not processes of its own."""
+    options = [f"--chdir={ROOT}", f"--output={tmp_path}/bench.out"]
+    ranks = ["--ntasks-per-node=2"] if words[0] == "ddp" else []
+    number = jobs.submit(
+        cluster, ROOT / "benchmarks" / "bench.sbatch", *words, options=[*options, *ranks]
+    )
+    log = tmp_path / "bench.out"
+    assert wait_for_end(cluster, number, 200)["JobState"] == "COMPLETED", log.read_text()
+    assert "this only shows that it runs" in log.read_text()
 
 
 def listeners(port: int) -> set[str]:
