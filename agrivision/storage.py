@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        # Of a killed process of this number; in a folder of many, perhaps a link that somebody laid there.
+        # Left by a killed process of this number; in a shared folder it may be somebody's link.
         beside.unlink(missing_ok=True)
         with beside.open("xb") as file:
             yield file

@@ -22,7 +22,6 @@ from tests.slurm.jobs import preempt, wait_for, wait_for_end, wait_for_state
 from tests.slurm.runs import SCRIPTS, References, environment, hook, submit
 from tests.training.runs import arguments
 
-
 ROOT = Path(__file__).parents[2]
 
 
