@@ -1,7 +1,8 @@
 """G: one GPU: images/s, what data and augmentation cost, and the naive loop beside it.
 
 Without a GPU it runs a tiny version on the CPU and says what it would measure.
-`benchmarks/bench.sbatch` submits it. With `--data DATASET` (a prepared one) real data takes turns with data that is ready.
+`benchmarks/bench.sbatch` submits it. With `--data DATASET` (a prepared one) real data takes turns
+with data that is ready.
 """
 
 from __future__ import annotations
