@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -118,9 +119,17 @@ def test_the_controller_is_away_when_a_rank_is_lost(
 def test_the_controller_dies_while_a_job_is_launched(
     every_cluster: Cluster, dataset: Path, tmp_path: Path, references: References
 ) -> None:
-    """Slurm may keep the job, or put it back held, for an administrator to release."""
+    """Slurm may keep the job, or put it back held, for an administrator to release.
+
+    What it has not written down is not there for it: up to five seconds of what it was told.
+    """
+    before = time.time()
     run = train(every_cluster, dataset, tmp_path / "run")
     jobs.wait_for_state(every_cluster, run.number, "RUNNING", seconds=30)
+    known = every_cluster.folder / "state" / "job_state"
+    run.wait(
+        lambda: known.exists() and known.stat().st_mtime > before, 30, "the controller noted it down"
+    )
     every_cluster.kill_controller()
     every_cluster.start_controller()
 
