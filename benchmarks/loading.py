@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = _names(chosen.only, report)
     formats = {"truth.json"}.union(*(CONTESTANTS[name].formats for name in names if name != CEILING))
     data = make(chosen, tuple(formats))
-    seconds, warm_up = (0.2, 3) if chosen.quick else (chosen.seconds, 24)
+    seconds, warm_up = (0.05, 3) if chosen.quick else (chosen.seconds, 24)
     costs: dict[str, list[float]] = {name: [] for name in names}
 
     def turn(name: str) -> float:
