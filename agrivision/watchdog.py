@@ -30,13 +30,14 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from agrivision.ending import report_stall
-from agrivision.errors import ExitCode
+from agrivision.errors import BadInput, ExitCode
 from agrivision.heartbeat import MISSED, Beat, Heard, Straggler, Verdict, find_straggler, judge, table
 from agrivision.notes import Notes
 from agrivision.phase import WAITING, current
 from agrivision.stacks import began, compiling, kernel_view, stacks
 from agrivision.world import World
 
+_YEAR = 366 * 24 * 60.0
 _BEATS = 60  # in the time that a rank may be quiet
 _LONGEST_PERIOD = 10.0
 _STRETCHES = 3  # in that time, in each of which a straggler is looked for
@@ -62,9 +63,18 @@ class Watchdog:
     Args:
         world: this rank among them.
         minutes: that a rank may be at one thing without getting on; None watches nothing.
+
+    Attributes:
+        minutes: as given.
+
+    Raises:
+        BadInput: so many minutes cannot be waited for.
     """
 
     def __init__(self, world: World, minutes: float | None) -> None:
+        if minutes is not None and not 0 < minutes < _YEAR:
+            raise BadInput(f"stall_minutes is {minutes:g}: more than 0, or null for no watchdog")
+        self.minutes = minutes
         self._limit = 60.0 * (minutes or 0.0)
         self._period = min(self._limit / _BEATS, _LONGEST_PERIOD)
         self._over = threading.Event()
@@ -150,7 +160,13 @@ class Watchdog:
         speaks = self._world.rank == speaker or self._circle.notes is None
         log.log(logging.ERROR if speaks else logging.DEBUG, "%s", verdict.line)
         log.debug("every rank, as far as this one has heard:\n%s", self._circle.table())
-        log.debug("where this rank's threads are:\n%s", threads)
+        # Where no file takes the stacks of all ranks, people see those of who hangs; where nobody is to
+        # blame, those of who speaks.
+        named = any(beat.rank == self._world.rank for beat in verdict.culprits)
+        shown = self._file is None and (named or (speaks and not verdict.culprits))
+        log.log(
+            logging.ERROR if shown else logging.DEBUG, "where this rank's threads are:\n%s", threads
+        )
 
 
 class _Pulse:

@@ -11,6 +11,7 @@ from agrivision.commands.parsing import (
     add_checkpoint,
     add_json,
     add_postprocess,
+    add_stall_minutes,
     make_parser,
 )
 from agrivision.errors import ExitCode
@@ -30,6 +31,7 @@ def _parser() -> Parser:
     made.add_argument("--split", type=str, default="val", help="of the data set")
     made.add_argument("--symmetries", action="store_true", help=SYMMETRIES_HELP)
     add_postprocess(made)
+    add_stall_minutes(made)
     add_json(made, "the scores")
     return made
 
@@ -51,6 +53,7 @@ def _run(argv: list[str]) -> ExitCode:
         symmetries=args.symmetries,
         postprocess=Path(given) if given else given is not None,
         stop=lambda: stop.made,
+        stall_minutes=args.stall_minutes,
     )
     if found is not None:  # rank 0
         say(f"{found['checkpoint']}, trained for {found['step']} steps, on {args.split}:")

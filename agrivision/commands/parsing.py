@@ -93,6 +93,16 @@ def add_network(parser: Parser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
 
 
+def add_stall_minutes(parser: Parser) -> None:
+    """Where ranks wait for one another."""
+    parser.add_argument(
+        "--stall_minutes",
+        type=float | None,
+        default=15.0,
+        help="name a rank that does not get on for so long, and end; null: wait for ever",
+    )
+
+
 def add_postprocess(parser: Parser) -> None:
     """What `tune` chose."""
     parser.add_argument(

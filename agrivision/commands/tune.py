@@ -10,6 +10,7 @@ from agrivision.commands.parsing import (
     Parser,
     add_json,
     add_network,
+    add_stall_minutes,
     make_parser,
 )
 from agrivision.errors import ExitCode
@@ -35,6 +36,7 @@ def _parser() -> Parser:
     made.add_argument("--batch_size", type=int, default=8, help="tiles in one forward pass")
     add_network(made)
     made.add_argument("--symmetries", action="store_true", help=SYMMETRIES_HELP)
+    add_stall_minutes(made)
     add_json(made, "the scores")
     return made
 
@@ -60,6 +62,7 @@ def _run(argv: list[str]) -> ExitCode:
             symmetries=args.symmetries,
         ),
         stop=lambda: stop.made,
+        stall_minutes=args.stall_minutes,
     )
     if found is not None:  # rank 0
         for line in found.lines():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from agrivision.data.labels import VALID_BIT
 from agrivision.data.loader import Batch
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
-from agrivision.distributed import Ranks, connected, pick_device
+from agrivision.distributed import Ranks, connected, pick_device, waiting_time
 from agrivision.errors import BadInput, Interrupted
 from agrivision.evaluation.evaluate import Decide, Evaluation, Forward, evaluate
 from agrivision.inference.exported import load_model
@@ -25,6 +26,8 @@ from agrivision.model.precision import Precision
 from agrivision.monitor.log import configure_log
 from agrivision.monitor.progress import progress
 from agrivision.part import Stop, never
+from agrivision.phase import phase
+from agrivision.watchdog import Watchdog
 from agrivision.world import World
 
 
@@ -105,6 +108,27 @@ class Subject:
             )
         return found
 
+    @contextmanager
+    def among_ranks(self, watchdog: Watchdog, stop: Stop) -> Iterator[Ranks]:
+        """The ranks, connected and watched while the block runs.
+
+        Args:
+            watchdog: entered already.
+            stop: asked while this rank waits for the others.
+
+        Raises:
+            PeerLost: the ranks did not find one another.
+            ConfigurationError: ranks would share a GPU.
+            Interrupted: asked to stop while waiting.
+        """
+        timeout = waiting_time(watchdog.minutes)
+        with (
+            connected(self.world, self.trained.device, stop=stop, timeout=timeout) as ranks,
+            watchdog.among(ranks.store),
+            phase("evaluate"),
+        ):
+            yield ranks
+
     def _all_sides(self, how: Looking) -> Forward:
         """As `predict` does."""
         predictor = Predictor.of([self.trained], symmetries=True, precision=how.precision)
@@ -151,6 +175,7 @@ def evaluate_run(
     postprocess: bool | Path = False,
     world: World | None = None,
     stop: Stop = never,
+    stall_minutes: float | None = None,
 ) -> dict[str, Any] | None:
     """Score a run on a split of a data set.
 
@@ -165,6 +190,8 @@ def evaluate_run(
         postprocess: with what `tune` chose for the run, or with what stands in a file.
         world: this process among the ranks; None reads the environment.
         stop: asked between batches; once true on any rank, all leave within a few batches.
+        stall_minutes: end the process with exit code 1 when a rank has been at one thing for so long
+            without getting on, and say which, and where; None waits for ever.
 
     Returns:
         What `Evaluation.to_dict` gives, and `checkpoint`, `step` and `split`, on rank 0, and
@@ -177,24 +204,25 @@ def evaluate_run(
     how = Looking(batch_size=batch_size, threads=threads, precision=precision, symmetries=symmetries)
     world = world or World.from_environment()
     configure_log(world.rank, None)
-    subject = Subject.open(checkpoint, data, split, world)
-    trained = subject.trained
-    after = None
-    if postprocess:
-        given = postprocess if isinstance(postprocess, Path) else None
-        after = find_postprocessing([trained], given, symmetries=symmetries)
-    share = -(-len(subject.reader) // world.size)
-    with (
-        connected(world, trained.device, stop=stop) as ranks,
-        progress("evaluating", share, unit="tile", show=world.is_main) as bar,
-    ):
-        found = subject.evaluate(
-            ranks,
-            how,
-            decide=None if after is None else _deciding(after),
-            stop=stop,
-            report=bar.advance,
-        )
+    with Watchdog(world, stall_minutes) as watchdog:
+        subject = Subject.open(checkpoint, data, split, world)
+        trained = subject.trained
+        after = None
+        if postprocess:
+            given = postprocess if isinstance(postprocess, Path) else None
+            after = find_postprocessing([trained], given, symmetries=symmetries)
+        share = -(-len(subject.reader) // world.size)
+        with (
+            subject.among_ranks(watchdog, stop) as ranks,
+            progress("evaluating", share, unit="tile", show=world.is_main) as bar,
+        ):
+            found = subject.evaluate(
+                ranks,
+                how,
+                decide=None if after is None else _deciding(after),
+                stop=stop,
+                report=bar.advance,
+            )
     if not world.is_main:
         return None
     about = {"checkpoint": str(trained.folder), "step": trained.step, "split": split}

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from agrivision.phase import moved
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -34,9 +36,9 @@ def by_cores(function: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R,
             for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > min(threads, _MOST):
-                    yield waiting.popleft().result()
+                    yield _done(waiting)
             while waiting:
-                yield waiting.popleft().result()
+                yield _done(waiting)
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # what new threads take was changed by those
@@ -44,7 +46,16 @@ def by_cores(function: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R,
 
 def in_turn(function: Callable[[_T], _R], items: Iterable[_T]) -> Generator[_R, None, None]:
     """What a function gives of each item, one after the other."""
-    yield from map(function, items)
+    for item in items:
+        found = function(item)
+        moved()
+        yield found
+
+
+def _done(waiting: deque[Future[_R]]) -> _R:
+    found = waiting.popleft().result()
+    moved()
+    return found
 
 
 def _alone() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from agrivision.data.loader import Batch
 from agrivision.data.shards import SplitReader
-from agrivision.distributed import Ranks, connected
+from agrivision.distributed import Ranks
 from agrivision.errors import BadInput, Busy, Interrupted
 from agrivision.evaluation.choosing import OBJECTIVES, Count, Objective, ascend, halves, objective
 from agrivision.evaluation.confusion import Scores, confusion_matrix, matrices_of_counts, scores
@@ -49,6 +49,7 @@ from agrivision.monitor.progress import progress
 from agrivision.ownership import require_own
 from agrivision.part import Stop, never
 from agrivision.storage import storage_error
+from agrivision.watchdog import Watchdog
 from agrivision.world import World
 
 _LOCK = ".tune.lock"
@@ -126,6 +127,7 @@ def tune(
     how: Looking | None = None,
     world: World | None = None,
     stop: Stop = never,
+    stall_minutes: float | None = None,
 ) -> Tuned | None:
     """Choose the post-processing of a run, and write it into the run's `postprocessing.json`.
 
@@ -139,6 +141,8 @@ def tune(
         how: the network looks at tiles.
         world: this process among the ranks; None reads the environment.
         stop: asked between batches, and between passes over what was predicted.
+        stall_minutes: end the process with exit code 1 when a rank has been at one thing for so long
+            without getting on, and say which, and where; None waits for ever.
 
     Returns:
         What was found, on rank 0; None on the others.
@@ -154,23 +158,24 @@ def tune(
         raise BadInput("there is nothing to choose: leave out --classes_only or --areas_only")
     how, world = how or Looking(), world or World.from_environment()
     configure_log(world.rank, None)
-    subject = Subject.open(run, data, split, world)
-    folder = run_of(subject.trained)
-    if folder is None:
-        raise BadInput(f"{run} is an exported network: give the run that it was exported from")
-    _require(folder)
-    with (
-        connected(world, subject.trained.device, stop=stop) as ranks,
-        FileLock(folder / _LOCK) as lock,
-        Spill(folder) as spill,
-    ):
-        if not ranks.from_main(world.is_main and lock.take(alone=True)):
-            raise Busy(f"another process chooses the post-processing of {folder}: wait for it")
-        work = _Work(subject, ranks, spill, kind, stop)
-        work.record(how, spread=FACTORS[-1] / FACTORS[0] if factors else 1.0)
-        found = work.choose(factors=factors, areas=areas)
-        tables = work.judge(found)
-        return _result(subject, how, kind, found, tables) if world.is_main else None
+    with Watchdog(world, stall_minutes) as watchdog:
+        subject = Subject.open(run, data, split, world)
+        folder = run_of(subject.trained)
+        if folder is None:
+            raise BadInput(f"{run} is an exported network: give the run that it was exported from")
+        _require(folder)
+        with (
+            subject.among_ranks(watchdog, stop) as ranks,
+            FileLock(folder / _LOCK) as lock,
+            Spill(folder) as spill,
+        ):
+            if not ranks.from_main(world.is_main and lock.take(alone=True)):
+                raise Busy(f"another process chooses the post-processing of {folder}: wait for it")
+            work = _Work(subject, ranks, spill, kind, stop)
+            work.record(how, spread=FACTORS[-1] / FACTORS[0] if factors else 1.0)
+            found = work.choose(factors=factors, areas=areas)
+            tables = work.judge(found)
+            return _result(subject, how, kind, found, tables) if world.is_main else None
 
 
 def _require(folder: Path) -> None:
