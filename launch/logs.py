@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import sys
 import time
@@ -43,14 +44,15 @@ def main(argv: list[str]) -> ExitCode:
         raise BadInput("--attempt goes by itself, without --follow and --rank")
     out, found = find_one(Path(args.path))
     several = _tasks(found, args.task)
+    write = printer()
     if len(several) > 1:
         if args.follow or args.attempt is not None or args.rank is not None:
             raise BadInput(f"{out} is a job array of {len(several)} tasks: say which with --task")
-        _write_all(several)
+        _write_all(several, write)
         return ExitCode.DONE
     (job,) = several
     if args.attempt is not None:
-        _write(attempt_log(job, args.attempt))
+        write(attempt_log(job, args.attempt))
         return ExitCode.DONE
     if args.rank is not None:
         file = RunDirectory(out).log / f"rank-{args.rank}.log"
@@ -65,9 +67,9 @@ def main(argv: list[str]) -> ExitCode:
             raise BadInput(f"no log yet in {job.path}: the job has not started (see launch status)")
     try:
         if args.rank is None:
-            _write_earlier(job)
+            _write_earlier(job, write)
         for chunk in chunks(source, over=lambda: is_ended(job), follow=args.follow):
-            _write(chunk)
+            write(chunk)
     except KeyboardInterrupt:
         say("")
     return ExitCode.DONE
@@ -88,32 +90,49 @@ def _tasks(job: JobDirectory, number: int | None) -> list[JobDirectory]:
     raise BadInput(f"there is no task {number} in {job.path}: --task is a number in a job array")
 
 
-def _write_all(several: Sequence[JobDirectory]) -> None:
+def _write_all(several: Sequence[JobDirectory], write: Callable[[bytes], None]) -> None:
     for job in several:
-        _write(f"==> task {job.task} <==\n".encode())
+        write(f"==> task {job.task} <==\n".encode())
         file = log_file(job)
-        _write_earlier(job)
+        _write_earlier(job, write)
         if file is not None:
-            _copy(file)
+            _copy(file, write)
 
 
-def _write_earlier(job: JobDirectory) -> None:
+def _write_earlier(job: JobDirectory, write: Callable[[bytes], None]) -> None:
     """What the jobs before the latest have printed, where their logs still are."""
     latest = log_file(job)
     files = dict.fromkeys(log_file(job, number) for number in jobs_of(job))
     for file in files:
         if file is not None and file != latest:
-            _copy(file)
+            _copy(file, write)
 
 
-def _copy(file: Path) -> None:
+def _copy(file: Path, write: Callable[[bytes], None]) -> None:
     for chunk in chunks(lambda: file, over=lambda: True, follow=False):
-        _write(chunk)
+        write(chunk)
 
 
-def _write(chunk: bytes) -> None:
-    sys.stdout.buffer.write(chunk)
-    sys.stdout.buffer.flush()
+def printer() -> Callable[[bytes], None]:
+    """What writes a log on stdout: byte by byte, or as a terminal may see it.
+
+    A terminal obeys what it is shown, and a job prints what stands in files of others.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+
+    def write(chunk: bytes) -> None:
+        if sys.stdout.isatty():
+            chunk = harmless(decoder.decode(chunk)).encode()
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+
+    return write
+
+
+def harmless(text: str) -> str:
+    """Text without what a terminal obeys: a return begins a line, the rest is shown as codes."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in lines)
 
 
 def log_file(job: JobDirectory, number: str | None = None) -> Path | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launch.__main__ import main
 from launch.jobdir import Attempt, JobDirectory, JobSpec
-from launch.logs import chunks, is_ended, log_file
+from launch.logs import chunks, harmless, is_ended, log_file
 from tests.launch.conftest import FakeSlurm, queued
 
 FIRST = b"2030-01-01T00:00:00 launch: attempt 1 on n1, 2 ranks: train\none\n"
@@ -42,6 +47,31 @@ def test_whole_and_by_attempt(job: JobDirectory, capfdbinary: pytest.CaptureFixt
     rank.parent.mkdir()
     rank.write_bytes(b"of rank 1\n")
     assert shown([run_dir, "--rank", "1"], capfdbinary) == b"of rank 1\n"
+
+
+def test_a_terminal_is_told_nothing_to_obey(job: JobDirectory) -> None:
+    """Names of files are strangers' words, and a job prints them."""
+    (log,) = job.path.glob("slurm-7.out")
+    told = "grün\n\x1b]0;title\x07\x1b[2J\tone\r\x9b31mtwo\r\n".encode() + b"\xff\n"
+    log.write_bytes(told)
+    command = [sys.executable, "-m", "launch", "logs", str(job.path.parent)]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == told  # a file: as it is
+    master, terminal = os.openpty()
+    with os.fdopen(master, "rb", buffering=0) as screen:
+        subprocess.run(command, stdout=terminal, check=True)
+        os.close(terminal)
+        seen = screen.read(4096).replace(b"\r\n", b"\n")  # as a terminal ends its lines
+    wanted = "grün\n\\x1b]0;title\\x07\\x1b[2J\tone\n\\x9b31mtwo\n\\xff\n"
+    assert seen.decode().expandtabs() == wanted.expandtabs()
+
+
+@given(st.text())
+def test_nothing_but_lines_and_tabs_is_left_of_what_is_not_shown(text: str) -> None:
+    found = harmless(text)
+    assert all(each.isprintable() or each in "\n\t" for each in found)
+    assert harmless(found) == found
+    if text.isprintable():
+        assert found == text
 
 
 def test_after_earlier_jobs(job: JobDirectory, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
