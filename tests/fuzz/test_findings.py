@@ -180,6 +180,16 @@ def test_a_jpeg_that_says_it_is_huge_is_refused(memory):
         jpeg_shape(bytes(content))
 
 
+def test_a_jpeg_whose_subsampling_has_no_name_is_refused():
+    content = bytearray(
+        simplejpeg.encode_jpeg(np.zeros((SIDE, SIDE, 3), np.uint8), colorsubsampling="440")
+    )
+    assert jpeg_shape(content) == (SIDE, SIDE, 3)
+    content[content.index(b"\xff\xc0") + 11] = 0x14  # 4:4:1: four rows of light to one of colour
+    with pytest.raises(DatasetError, match="subsampling"):
+        jpeg_shape(bytes(content))
+
+
 def test_a_jpeg_of_thousands_of_scans_is_refused():
     file = io.BytesIO()
     Pillow.new("L", (512, 512), 77).save(file, "JPEG", progressive=True)

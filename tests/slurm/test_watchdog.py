@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,20 +28,26 @@ def test_a_rank_is_stopped(
     dataset: Path,
     tmp_path: Path,
     references: References,
+    record_property: Callable[[str, object], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hook(monkeypatch, first=SLOW)
     run = train(cluster, dataset, tmp_path / "run", ["--ntasks-per-node=2"], **STALL)
     run.reach(7)
+    stopped = time.time()
     os.kill(rank_pids(run)[rank], signal.SIGSTOP)
     assert run.end() == "COMPLETED", run.log
     run.assert_whole(references.get(2))
     assert run.decisions == ["requeued", "done"]
     first = run.attempts[0]
     assert first.code == ExitCode.FAILED and (first.to_step or 0) >= 5
-    assert re.match(
-        rf"stalled: rank {rank} on n1 \(process \d+\) has not been heard of for \d+ s", first.reason
+    named = re.match(
+        rf"stalled: rank {rank} on n1 \(process \d+\) has not been heard of for (\d+) s", first.reason
     )
+    assert named, first.reason
+    assert first.ended is not None
+    record_property("seconds until it is named", float(named[1]))
+    record_property("seconds until the attempt has ended", round(first.ended - stopped, 1))
     assert f"({first.reason}): back into the queue" in run.log
     log = (run.path / "log" / f"rank-{1 - rank}.log").read_text()
     assert re.search(r"process \d+ is T \(stopped\)", log)
@@ -52,6 +60,7 @@ def test_a_collective_never_ends(
     dataset: Path,
     tmp_path: Path,
     references: References,
+    record_property: Callable[[str, object], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hook(monkeypatch, deaf=7)
@@ -62,9 +71,12 @@ def test_a_collective_never_ends(
     assert run.decisions == ["requeued", "done"]
     first = run.attempts[0]
     assert first.code == ExitCode.FAILED and first.to_step == 5
-    assert first.reason.startswith(
-        "stalled: a collective does not end: all 2 ranks have been in the same one for"
+    named = re.fullmatch(
+        r"stalled: a collective does not end: all 2 ranks have been in the same one for (\d+) s, in"
+        f" '{WAITING}'",
+        first.reason,
     )
-    assert first.reason.endswith(f"'{WAITING}'")
+    assert named, first.reason
+    record_property("seconds until it is named", float(named[1]))
     for rank in range(2):
         assert "never_ends" in (run.path / "log" / f"rank-{rank}.log").read_text()
