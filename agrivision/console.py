@@ -11,14 +11,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from agrivision.errors import harmless, one_line
 from agrivision.monitor.progress import Progress
 from agrivision.storage import write_atomically
 
 
 def say(text: str) -> None:
-    """Print a line on stdout."""
-    sys.stdout.write(f"{text}\n")
+    """Print a line on stdout, or some; see `harmless`."""
+    sys.stdout.write(f"{harmless(text)}\n")
     sys.stdout.flush()
 
 
@@ -83,7 +85,7 @@ def print_scores(scores: Mapping[str, Any]) -> None:
             found = presence[name] or {}
             cells += [str(found.get("tiles", 0))]
             cells += [_number(found.get(kind)) for kind in ("average_precision", "f1")]
-        table.add_row(name, *cells)
+        table.add_row(Text(one_line(name)), *cells)
     _print(table)
     absent = scores["absent"]
     note = f" (absent, not in the mean: {', '.join(absent)})" if absent else ""
@@ -98,7 +100,8 @@ def print_tuned(found: Mapping[str, Any]) -> None:
     for name in found["classes"]:
         kinds = ("before", "crossed", "after")
         scores = [_number(found[kind]["iou"][name] if found[kind] else None) for kind in kinds]
-        table.add_row(name, f"{found['factors'][name]:.3g}", str(found["areas"][name]), *scores)
+        factor, area = f"{found['factors'][name]:.3g}", str(found["areas"][name])
+        table.add_row(Text(one_line(name)), factor, area, *scores)
     _print(table)
 
 

@@ -34,6 +34,15 @@ def one_line(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
+def harmless(text: str) -> str:
+    """Text without what a terminal obeys: a return begins a line, the rest is shown as codes.
+
+    Names of files, and what stands in them, are strangers' words.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in lines)
+
+
 class AgrivisionError(Exception):
     """Base of all errors that are shown to users as one line."""
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from agrivision.errors import Busy, Interrupted
+from agrivision.ownership import open_own
 from agrivision.part import Stop
 from agrivision.storage import storage_error
 
@@ -33,6 +34,7 @@ class FileLock:
 
     Raises:
         StorageError, NotWritable: the disk refused.
+        Untrusted: there is a link, or a file that somebody else made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +42,7 @@ class FileLock:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # For reading and writing: on NFS a lock needs both, since it is a lock on bytes there.
-            self._file = path.open("ab+", buffering=0)
+            self._file = os.fdopen(open_own(path), "ab+", buffering=0)
         except OSError as error:
             raise storage_error(path, error) from error
 

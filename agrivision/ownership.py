@@ -7,6 +7,7 @@ must have a good owner itself: in an open folder anybody can put one where a nam
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import stat
@@ -33,6 +34,63 @@ def require_own(path: Path) -> None:
     if stat.S_ISLNK(link.st_mode):
         _require_owner(path, link)
     _require(path, status)
+
+
+def require_owner(path: Path) -> None:
+    """Refuse a path that somebody else made, whoever may write it; one that is missing is nobody's.
+
+    A link counts itself, whatever it leads to.
+
+    Raises:
+        Untrusted: it is such a one.
+        OSError: it cannot be looked at.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        _require_owner(path, path.lstat())
+
+
+def require_own_tree(folder: Path, depth: int) -> None:
+    """Refuse a folder, and what is in it, that somebody else made; what is missing is nobody's.
+
+    Args:
+        folder: as `require_owner` takes it.
+        depth: levels of folders that are looked into, the folder itself included.
+
+    Raises:
+        Untrusted: it, or something in it, is such a one.
+        OSError: something cannot be looked at.
+    """
+    require_owner(folder)
+    with suppress(FileNotFoundError, NotADirectoryError):  # removed or renamed by who is at work there
+        require_own_entries(folder, depth)
+
+
+def open_own(path: Path) -> int:
+    """Open a file of one's own to read and to append, made for its owner alone where missing.
+
+    In a folder that others write, somebody may have put a link there, or a file of theirs. Who may
+    write it is not asked: on some disks everybody may write everything.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        Untrusted: it is a link, or somebody else made it.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise Untrusted(f"{path} is a link where a file belongs: remove it") from None
+    try:
+        _require_owner(path, os.fstat(descriptor))
+    except Untrusted:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def read_own(path: Path) -> bytes:

@@ -109,7 +109,7 @@ def meeting(world: World, file: Path, device: str, stop: Callable[[], bool]) -> 
         store.set(_MARK, token)
         addresses = ["127.0.0.1"] if world.one_node else _own_addresses()
         content = json.dumps({"token": token, "port": port, "addresses": addresses})
-        write_atomically(file, content.encode())
+        write_atomically(file, content.encode(), mode=0o600)  # a mask of 002 would open it
         address = ""
     else:
         store, address = _join(world, file, wait)

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import IO
 
 from agrivision.errors import AgrivisionError, NotWritable, StorageError
-from agrivision.ownership import require_own
+from agrivision.ownership import require_own, require_owner
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """Open a new version of a file, which takes the old one's place when the block ends well.
 
     After an error or a kill the old version is untouched.
 
     Args:
         path: file to write; its folder must exist.
+        mode: of the file, before the user's mask.
 
     Yields:
         A binary file opened for writing.
@@ -33,7 +34,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         # Left by a killed process of this number; in a shared folder it may be somebody's link.
         beside.unlink(missing_ok=True)
-        with beside.open("xb") as file:
+        with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -47,24 +48,33 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             beside.unlink()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a whole file, or leave the old one as it was.
+
+    Args:
+        path: file to write; its folder must exist.
+        content: of it.
+        mode: of the file, before the user's mask.
 
     Raises:
         StorageError, NotWritable: the disk refused.
     """
-    with replacing(path) as file:
+    with replacing(path, mode) as file:
         file.write(content)
 
 
-def detach(path: Path) -> None:
+def detach(path: Path, mode: int = 0o666) -> None:
     """Make a file anew with the same content, so that whoever still has it open writes to the old one.
+
+    Args:
+        path: of the file.
+        mode: of the new one, before the user's mask.
 
     Raises:
         StorageError, NotWritable: the disk refused.
     """
     try:
-        with path.open("rb") as old, replacing(path) as new:
+        with path.open("rb") as old, replacing(path, mode) as new:
             shutil.copyfileobj(old, new)
     except FileNotFoundError:
         return
@@ -97,6 +107,7 @@ def make_private(folder: Path) -> None:
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_owner(folder)  # before anything is done to what a link leads to
         status = folder.stat()
         if status.st_uid == os.geteuid() and status.st_mode & 0o077:
             folder.chmod(0o700)

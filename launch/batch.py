@@ -31,7 +31,7 @@ from launch import slurm
 from launch.decision import Next, Result, decide, judge, out_of_patience, why_stopped
 from launch.entry import become_frozen, with_code
 from launch.freeze import freeze_submission, runs_from
-from launch.jobdir import Attempt, JobDirectory, JobSpec
+from launch.jobdir import Attempt, JobDirectory, JobSpec, guard
 from launch.place import Place
 from launch.poll import SECONDS
 from launch.turn import earlier_jobs
@@ -276,7 +276,12 @@ class _Batch:
         command = [sys.executable, "-m", "launch.batch", "run", str(self._job.spec_file)]
         command = ["env", *self._frozen_variables(), *command]
         try:
-            successor = slurm.submit_successor(self._place.raw_job, command, self._successor_options())
+            successor = slurm.submit_successor(
+                self._place.raw_job,
+                command,
+                self._successor_options(),
+                guard([self._job.path, self._job.code.resolve().parent]),
+            )
         except AgrivisionError as error:
             line = f"cannot submit a successor either ({error}): `launch resume` goes on"
             return self._end(attempt, "not requeued", line)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -125,6 +126,24 @@ class Attempt:
     reason: str = ""
     decision: str = ""
     preempted: bool = False
+
+
+def guard(folders: Iterable[Path]) -> list[str]:
+    """Lines of a script that end it where one of these folders is not its user's own.
+
+    Whoever may write the folder above can put another one in a job's place while that waits. Python
+    would run what it finds there before anything of ours could look.
+    """
+    lines = []
+    for folder in dict.fromkeys(folders):
+        words = shlex.quote(str(folder))
+        text = shlex.quote(f"launch: error: {folder} is not yours alone any more: the job is not run")
+        lines += [
+            f'case "$(stat --format=%u:%A -- {words})" in',
+            f'"$EUID":d????-??-* | 0:d????-??-*) ;; *) echo {text} >&2; exit 2 ;;',
+            "esac",
+        ]
+    return lines
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jsonargparse
 
 from agrivision.console import say
-from agrivision.errors import BadInput, ExitCode
+from agrivision.errors import BadInput, ExitCode, harmless
 from agrivision.rundir import RunDirectory
 from launch.find import find_one, jobs_of, last_submission, tasks
 from launch.jobdir import JobDirectory
@@ -127,12 +127,6 @@ def printer() -> Callable[[bytes], None]:
         sys.stdout.buffer.flush()
 
     return write
-
-
-def harmless(text: str) -> str:
-    """Text without what a terminal obeys: a return begins a line, the rest is shown as codes."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n")
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in lines)
 
 
 def log_file(job: JobDirectory, number: str | None = None) -> Path | None:

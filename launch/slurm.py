@@ -202,7 +202,9 @@ def submit(script: str, options: Sequence[str] = (), arguments: Sequence[str] = 
     return done.stdout.strip().splitlines()[-1].split(";")[0]
 
 
-def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -> str:
+def submit_successor(
+    job: str, command: Sequence[str], options: Sequence[str], lines: Sequence[str] = ()
+) -> str:
     """Submit a job that asks for what a running one asked for, and starts when that one is over.
 
     To be called in the running job, whose environment says some of it.
@@ -211,6 +213,7 @@ def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -
         job: SLURM_JOB_ID of the running one.
         command: what the new job runs: program and arguments.
         options: of sbatch, besides and before those that can be read off the running job.
+        lines: of shell, before the command.
 
     Returns:
         The id of the new job.
@@ -219,7 +222,8 @@ def submit_successor(job: str, command: Sequence[str], options: Sequence[str]) -
         SlurmError: Slurm refused.
     """
     # What the calling script's umask and traps did is done again; its environment is handed on.
-    script = f"#!/bin/bash\numask 077\ntrap '' TERM USR1 USR2\nexec {shlex.join(command)}\n"
+    begin = ["#!/bin/bash", "umask 077", "trap '' TERM USR1 USR2", *lines]
+    script = "\n".join([*begin, f"exec {shlex.join(command)}", ""])
     given = {option.partition("=")[0] for option in options}
     asked = _asked_for(job) | _told_by(os.environ)
     rest = [f"{flag}={value}" if value else flag for flag, value in asked.items() if flag not in given]

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,9 @@ from agrivision.data.order import Order
 from agrivision.data.sampling import repeats_of
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
-from agrivision.errors import AgrivisionError, ExitCode
+from agrivision.errors import AgrivisionError, ExitCode, one_line
+from agrivision.json_values import entries, parse, whole
+from agrivision.json_values import number as any_number
 from agrivision.monitor.progress import clock_time
 from agrivision.options import read_config
 from agrivision.rundir import RunDirectory, best_step
@@ -39,6 +41,11 @@ from launch.slurm import QueuedJob
 from launch.submit import alive
 
 _TAIL_BYTES = 1 << 16
+_READ: dict[str, Callable[[Any], Any]] = {
+    "step": whole,
+    "epoch": whole,
+    "images_per_second": any_number,
+}
 _MEANINGS = {
     "Resources": "next in line, waiting for nodes",
     "Priority": "others are before it",
@@ -168,14 +175,25 @@ def report(found: Sequence[Found]) -> Report:
     open_jobs = [one.job for one in found if one.job is not None and _needs_slurm(one.job)]
     submitted = max(map(last_submission, open_jobs), default=0.0)
     answer = poll(submitted) if open_jobs else Answer({}, None)
-    return Report([row_of(one, answer.jobs) for one in found], answer)
+    return Report([_row_or_why_not(one, answer.jobs) for one in found], answer)
+
+
+def _row_or_why_not(found: Found, queued: Mapping[str, QueuedJob]) -> Row:
+    """As `row_of`; of files that are damaged it says so, and of the others how they are."""
+    try:
+        return row_of(found, queued)
+    except (AgrivisionError, OSError) as error:
+        return Row(path=_shown(found.path), state="unreadable", why=str(error))
 
 
 def _needs_slurm(job: JobDirectory) -> bool:
     """Whether only Slurm knows how some work stands; its own files do where it is done."""
+    try:
+        latest = _latest(job)
+    except (AgrivisionError, OSError):
+        return False  # its row will say why
     return any(
-        name and (last is None or (last.job, last.decision) != (name, "done"))
-        for name, last in _latest(job)
+        name and (last is None or (last.job, last.decision) != (name, "done")) for name, last in latest
     )
 
 
@@ -311,14 +329,14 @@ def _progress(run_dir: Path, config: Path) -> dict[str, Any]:
     """The columns that a training run's files fill."""
     run, plan = RunDirectory(run_dir), plan_of(config)
     row = _last_row(run.metrics)
-    step = max(int(row.get("step", 0)), run.latest_step())
+    step = max(row.get("step", 0), run.latest_step())
     scores, speed = run.evaluations(), row.get("images_per_second")
     best = best_step(scores)
     left = 0 if plan is None or step in run.early_ends() else max(0, plan.steps - step)
     return {
         "step": step,
         "total_steps": None if plan is None else plan.steps,
-        "epoch": int(row["epoch"]) + 1 if "epoch" in row else None,
+        "epoch": row["epoch"] + 1 if "epoch" in row else None,
         "miou": scores[max(scores)] if scores else None,
         "best_miou": scores[best] if best is not None else None,
         "best_step": best,
@@ -380,11 +398,13 @@ def _last_row(metrics: Path) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         try:
-            row = json.loads(line)
-        except ValueError:  # torn, or cut by the seek
+            row = entries(parse(line))
+            if row.get("kind") == "training":
+                return {
+                    name: read(row[name]) for name, read in _READ.items() if row.get(name) is not None
+                }
+        except ValueError:  # torn, cut by the seek, or not ours
             continue
-        if isinstance(row, dict) and row.get("kind") == "training":
-            return row
     return {}
 
 
@@ -442,7 +462,8 @@ def print_report(found: Report) -> None:
         for name in shown:
             table.add_column(name, overflow="fold", no_wrap=name in ("run", "state"))
         for row in rows:
-            table.add_row(*(Text(row[name]) for name in shown))  # as text: brackets are no markup
+            # As text: brackets are no markup.
+            table.add_row(*(Text(one_line(row[name])) for name in shown))
         Console().print(table)
     else:
         for row in rows:

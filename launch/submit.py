@@ -33,7 +33,7 @@ from agrivision.options import parse_train
 from agrivision.storage import make_private
 from launch import batch, slurm
 from launch.freeze import freeze_code, freeze_train, job_directory, value_of
-from launch.jobdir import JobDirectory, JobSpec
+from launch.jobdir import JobDirectory, JobSpec, guard
 from launch.resources import Resources, Site, check_known, check_text
 
 _ALIVE = frozenset(
@@ -353,7 +353,7 @@ def _executor(
     executor.update_parameters(
         **_known(setting.resources),
         job_name=_escaped(setting.resources.job_name or _safe(name)),
-        setup=_setup(code, setting.setup) + _ranks(setting.resources),
+        setup=_setup(folder, code, setting.setup) + _ranks(setting.resources),
         use_srun=False,
         stderr_to_stdout=True,
         wckey=None,  # submitit's default would be refused where such keys are checked
@@ -405,11 +405,12 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.=+-]", "_", name, flags=re.ASCII) or "job"
 
 
-def _setup(code: Path, lines: Sequence[str]) -> list[str]:
+def _setup(folder: Path, code: Path, lines: Sequence[str]) -> list[str]:
     return [
         "umask 077",
         "trap : TERM USR1 USR2  # bash stays until Python has decided; its children get the default",
         *lines,
+        *guard([folder, code.resolve().parent]),
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # else the folder that the job was submitted in comes first",
         "export SUBMITIT_PREEMPT_SIGNAL=USR1",

@@ -24,6 +24,14 @@ def test_a_step_of_slurm_writes_a_log(
     assert console.is_watched(environment) is watched
 
 
+def test_names_are_no_markup_and_nothing_to_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    name, of_class = "[red]\x1b[2J", {"[red]\x1b[2J": 0.5}
+    kinds = dict.fromkeys(("iou", "precision", "recall", "f1"), of_class)
+    console.print_scores({"classes": [name], "absent": [name], "miou": 0.5, **kinds})
+    said = capsys.readouterr().out
+    assert said.count("[red]\\x1b[2J") == 2 and "\x1b" not in said
+
+
 def test_names_are_whole_and_plain_in_a_log(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

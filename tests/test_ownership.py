@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,18 @@ from agrivision.data.schema import Schema
 from agrivision.data.staging import stage
 from agrivision.errors import BadInput, Untrusted
 from agrivision.inference.trained import load_run
+from agrivision.locks import FileLock
 from agrivision.ownership import read_own, require_own, require_own_entries
 from agrivision.rundir import RunDirectory
 from agrivision.storage import make_private
 from agrivision.world import World
 from launch import batch, control, entry, poll
 from launch.freeze import freeze_train
-from launch.jobdir import JobDirectory, JobSpec
-from launch.resources import find_site, read_site
+from launch.jobdir import JobDirectory, JobSpec, guard
+from launch.resources import build, find_site, read_site
+from launch.submit import Setting, script
 from tests.others import STRANGER, as_root, as_stranger, give_away
+from tests.ranks import run
 from tests.training.runs import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +219,82 @@ def test_a_job_of_somebody_else_is_not_run(job: JobDirectory, name: str, tmp_pat
     with pytest.raises(Untrusted, match=f"belongs to user {STRANGER}"):
         batch.run(job)
     assert batch.main(["run", str(job.spec_file)]) == 2
+
+
+@as_root
+def test_a_waiting_job_runs_nothing_of_what_took_its_place(job: JobDirectory, tmp_path: Path) -> None:
+    """Its script looks before Python does: that would begin with a sitecustomize.py in the code."""
+    setting = Setting(resources=build({}), setup=(), python=("python",))
+    array = tmp_path / "array"
+    array.mkdir(mode=0o700)
+    for folder in (job.path, array):
+        text = script(folder, job.code, "name", setting)
+        lines = "\n".join(guard([folder, job.path]))
+        assert text.index(lines) < text.index("export PYTHONPATH")
+        run_lines = partial(subprocess.run, ["bash", "-c", lines], capture_output=True, text=True)
+        assert run_lines(check=True).stderr == ""
+        for spoil in (give_away, lambda path: path.chmod(0o770), lambda path: path.rename(f"{path}-")):
+            spoil(job.path)
+            done = run_lines(check=False)
+            assert done.returncode == 2 and f"{job.path} is not yours alone" in done.stderr
+            if not job.path.exists():
+                Path(f"{job.path}-").rename(job.path)
+            os.chown(job.path, os.geteuid(), -1)
+            job.path.chmod(0o700)
+
+
+@as_root
+def test_what_somebody_left_is_not_locked_nor_taken_for_done(
+    trained: Path, fields: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maps, made = tmp_path / "maps", tmp_path / "made"
+    for out, folder, words in (
+        (maps, ".predict", ["predict", "--checkpoint", str(trained), str(dataset), "--out", str(maps)]),
+        (made.with_name("made.partial"), ".prepare", ["prepare", str(fields), str(made)]),
+    ):
+        (out / folder).mkdir(parents=True)
+        for planted in (out / folder / "x", out / folder):
+            planted.mkdir(exist_ok=True)
+            give_away(planted)
+            assert main(words) == 2
+            assert f"{planted} belongs to user {STRANGER}" in complaint(capsys)
+            os.chown(planted, os.geteuid(), -1)
+
+
+@as_root
+def test_a_lock_is_a_file_of_ones_own(tmp_path: Path) -> None:
+    mine, lock = tmp_path / "mine", tmp_path / "lock"
+    mine.write_text("mine")
+    lock.symlink_to(mine)
+    with pytest.raises(Untrusted, match=f"{lock} is a link"):
+        FileLock(lock)
+    lock.unlink()
+    lock.touch()
+    give_away(lock)
+    with pytest.raises(Untrusted, match=f"{lock} belongs to user {STRANGER}"):
+        FileLock(lock)
+    assert mine.read_text() == "mine"
+
+
+@as_root
+def test_what_somebodys_link_leads_to_is_left_as_it_is(tmp_path: Path) -> None:
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    mine.mkdir(mode=0o755)
+    mine.chmod(0o755)
+    link.symlink_to(mine)
+    give_away(link)
+    with pytest.raises(Untrusted, match="link belongs to"):
+        make_private(link)
+    assert stat.S_IMODE(mine.stat().st_mode) == 0o755
+
+
+def open_mask(_: int) -> None:
+    os.umask(0o002)
+
+
+def test_ranks_meet_whatever_the_mask(trained: Path, dataset: Path) -> None:
+    words = ["evaluate", "--checkpoint", str(trained), "--data", str(dataset)]
+    assert run(words, 2, hook=open_mask) == [0, 0]
 
 
 def test_nor_one_that_others_may_write(job: JobDirectory) -> None:

@@ -22,10 +22,12 @@ from agrivision.data.schema import FILE_NAME, Schema
 from agrivision.errors import DatasetError
 from agrivision.json_values import entries, parse, text, whole
 from agrivision.locks import FileLock, Patience
+from agrivision.ownership import require_own_tree
 from agrivision.part import Stop, never
 from agrivision.storage import storage_error, sync_folder, sync_tree, write_atomically
 
 _OWN = ".prepare"
+_DEPTH = 3  # OUT.partial/.prepare/SPLIT
 _AGREEMENT, _LOG = "parts.json", "log"
 
 
@@ -136,8 +138,14 @@ class Workplace:
 
         Raises:
             DatasetError: something does.
+            Untrusted: it is somebody else's: what it says is finished would be taken for so.
+            StorageError, NotWritable: it cannot be looked at.
         """
         self._check_out()
+        try:
+            require_own_tree(self.folder, _DEPTH)
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
         if not self._is_ours():
             raise DatasetError(
                 f"{self.folder} was not made by `prepare`, which needs the name: move it"

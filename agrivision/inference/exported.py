@@ -22,9 +22,8 @@ from agrivision.errors import CheckpointError
 from agrivision.inference.about import KEY, About, read_plain
 from agrivision.inference.onnx_network import OnnxNetwork, read_onnx
 from agrivision.inference.program import Program, read_program
-from agrivision.inference.trained import Description, TrainedModel, load_run, with_weights
+from agrivision.inference.trained import TrainedModel, load_run, with_weights
 from agrivision.json_values import entries, parse, text
-from agrivision.model.build import build_model
 
 Form = Literal["safetensors", "torch-export", "onnx"]
 SUFFIXES: dict[Form, str] = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
@@ -91,7 +90,6 @@ def load_exported(path: Path, form: Form, device: str | torch.device | None = No
 def _read_safetensors(path: Path, content: bytes, device: torch.device) -> TrainedModel:
     about = About.from_text(_metadata(content))
     weights = safetensors.torch.load(content)
-    _check_weights(about.description, weights)
     module = with_weights(about.description, weights, device)
     return TrainedModel(module, about.description, device, about.step, path)
 
@@ -112,15 +110,6 @@ def _metadata(content: bytes) -> str:
     if KEY not in metadata:
         raise ValueError("it was not written by `agrivision export`: give the checkpoint's folder")
     return text(metadata[KEY])
-
-
-def _check_weights(description: Description, weights: dict[str, torch.Tensor]) -> None:
-    """Compare names and shapes before memory is taken for a network that a description only claims."""
-    with torch.device("meta"):
-        network = build_model(description.model, description.channels, len(description.classes))
-    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    if wanted != {name: tensor.shape for name, tensor in weights.items()}:
-        raise ValueError("its weights are not those of the network that it describes")
 
 
 def _read_program(path: Path, content: bytes, device: torch.device) -> TrainedModel:

@@ -23,10 +23,12 @@ from agrivision import __version__
 from agrivision.errors import NotWritable
 from agrivision.inference.trained import TrainedModel
 from agrivision.locks import FileLock, Patience
+from agrivision.ownership import require_own_tree
 from agrivision.part import Stop, never
 from agrivision.storage import storage_error
 
 FOLDER = ".predict"
+_DEPTH = 3  # .predict/scenes/STEM/DIGEST; the blocks in it are as many as they are
 _HALF = re.compile(r"\.(.+)\.[0-9]+\.part(?:\.[a-z]+)*", re.DOTALL)
 _FRAME = struct.Struct("<IQ")  # length and XXH3-64 of what follows
 
@@ -82,6 +84,23 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotWritable(f"cannot write into {folder}: it is no folder") from None
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+def require_own_state(out: Path) -> None:
+    """Refuse what somebody else left in `out` as done: it would be taken for part of the result.
+
+    Args:
+        out: folder of the results.
+
+    Raises:
+        Untrusted: there is such a thing.
+        StorageError, NotWritable: it cannot be looked at.
+    """
+    folder = out / FOLDER
+    try:
+        require_own_tree(folder, _DEPTH)
     except OSError as error:
         raise storage_error(folder, error) from error
 

@@ -119,9 +119,9 @@ def _check(onnx: ModuleType, model: Any) -> None:
     Raises:
         ValueError: there are such ones.
     """
-    functions = {function.domain for function in model.functions}
+    functions = {(function.domain, function.name) for function in model.functions}
     for node in _nodes(model):
-        if node.domain not in _STANDARD and node.domain not in functions:
+        if node.domain not in _STANDARD and (node.domain, node.op_type) not in functions:
             raise ValueError(f"it needs operators of {node.domain[:100]!r}, which are not loaded")
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:

@@ -258,6 +258,8 @@ def _tensor(content: bytes, meta: dict[str, Any]) -> Tensor:
     sizes, strides = ([whole(size["as_int"]) for size in items(meta[k])] for k in ("sizes", "strides"))
     if not content:
         return torch.empty(0, dtype=dtype).reshape(sizes)
+    if math.prod(sizes) * dtype.itemsize > len(content):  # a stride of zero makes much of little
+        raise ValueError(f"a tensor of {sizes} in {len(content)} bytes")
     flat = torch.frombuffer(bytearray(content), dtype=dtype)
     start = whole(meta["storage_offset"]["as_int"])
     # Torch itself refuses to look beyond the bytes that there are.

@@ -314,10 +314,9 @@ def load_run(path: str | Path, device: str | torch.device | None = None) -> Trai
         module = with_weights(description, weights, chosen)
     except KeyError as error:
         raise CheckpointError(f"{loaded.folder} has no state {error}") from None
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the weights in {loaded.folder} do not fit its description: {str(error).splitlines()[0]}"
-        ) from None
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"cannot use {loaded.folder}: {reason}") from None
     return TrainedModel(module, description, chosen, loaded.step, loaded.folder)
 
 
@@ -328,9 +327,15 @@ def with_weights(
 
     Raises:
         ConfigurationError: its encoder is not installed.
-        RuntimeError: the weights are not its own.
+        ValueError: the weights are not its own.
     """
-    module = build_model(description.model, description.channels, len(description.classes))
+    how = description.model, description.channels, len(description.classes)
+    # Names and shapes are compared before memory is taken for what is only claimed.
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in build_model(*how).state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in weights.items()}:
+        raise ValueError("its weights are not those of the network that it describes")
+    module = build_model(*how)
     module.load_state_dict(weights)
     ready: nn.Module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return ready.eval()

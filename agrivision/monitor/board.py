@@ -24,7 +24,7 @@ from typing import Any
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from agrivision.errors import BadInput
-from agrivision.ownership import require_own
+from agrivision.ownership import open_own, require_own
 from agrivision.storage import detach
 from agrivision.world import PORTS
 
@@ -226,8 +226,8 @@ def _keep_private(output: int) -> None:
         return
     path = Path(f"/proc/self/fd/{output}").readlink()
     same = os.path.samestat(status, os.fstat(sys.stderr.fileno()))
-    detach(path)
-    anew = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+    detach(path, 0o600)
+    anew = open_own(path)  # in a folder that others write, they may have been quicker
     for descriptor in (output, *([sys.stderr.fileno()] if same else [])):
         os.dup2(anew, descriptor)
     os.close(anew)

@@ -9,6 +9,8 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from agrivision.errors import harmless
+
 LOGGER_NAME = "agrivision"
 _MOST_BYTES = 1 << 20  # of lines that wait for a disk that refuses
 
@@ -56,7 +58,14 @@ class _ScreenHandler(logging.Handler):
             return
 
 
-class _ScreenFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Leaves out what a terminal would obey: messages name files of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
+
+
+class _ScreenFormatter(_Formatter):
     """Says `warning:` or `error:` before the message; an ordinary line needs no level."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
@@ -75,7 +84,7 @@ class _FileHandler(logging.Handler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.DEBUG)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._path = path
         self._waiting: deque[bytes] = deque()
         self._bytes = 0  # of the lines that wait

@@ -18,8 +18,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from agrivision.phase import moved
-
 logger = logging.getLogger(__name__)
 
 Field = float | str  # an int is a float to the type checker
@@ -109,7 +107,6 @@ class Progress:
                 another. Names that are no identifiers go as `**{"images/s": 812.0}`.
         """
         self._done += count
-        moved()
         self._fields.update(fields)
         now = self._clock()
         if self._bar is not None and now - self._last_drawn >= _REDRAW_SECONDS:

@@ -274,6 +274,52 @@ def test_a_vrt_leads_to_plain_files_only(tmp_path: Path, web: tuple[str, list[st
     assert asked == [] and "\n" not in str(flaw.value)
 
 
+def test_a_vrt_behind_a_link_is_looked_at_where_gdal_does(tmp_path: Path) -> None:
+    """GDAL begins where a link leads to: looked for beside the link, another file would be tried."""
+    for folder in ("here", "there/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+    scene(tmp_path / "here" / "a.tif")
+    (tmp_path / "there" / "a.tif").write_text(vrt("/etc/hostname"))
+    hostile = tmp_path / "there" / "x.vrt"
+    hostile.write_text(vrt("a.tif", relative=1))
+    link = tmp_path / "here" / "x.vrt"
+    link.symlink_to(hostile)
+    with pytest.raises(Flaw, match="depends on links"):
+        use(link)
+    link.unlink()
+    (tmp_path / "there" / "deep" / "y.vrt").write_text(vrt("../a.tif", relative=1))
+    (tmp_path / "here" / "folder").symlink_to(tmp_path / "there" / "deep")
+    with pytest.raises(Flaw, match="depends on links"):
+        use(tmp_path / "here" / "folder" / "y.vrt")
+    # A link beside its target, or to a folder from which nothing goes up, is a file as any other.
+    good = tmp_path / "here" / "good.vrt"
+    good.write_text(vrt("a.tif", relative=1))
+    link.symlink_to("good.vrt")
+    use(link)
+    (tmp_path / "way").symlink_to(tmp_path / "here")
+    use(tmp_path / "way" / "good.vrt")
+
+
+def test_an_img_takes_no_pixels_from_elsewhere(tmp_path: Path) -> None:
+    image, folder = tmp_path / "deep" / "abcde.img", {"driver": "HFA", "USE_SPILL": "YES"}
+    image.parent.mkdir()
+    pixels = scenes.noise(0, (1, SIDE, SIDE))
+    with rasterio.open(
+        image, "w", width=SIDE, height=SIDE, count=1, dtype="uint8", **folder
+    ) as dataset:
+        dataset.write(pixels)
+    use(image)
+    spilt = image.with_suffix(".ige")
+    spilt.rename(tmp_path / "xy.ige")
+    content = image.read_bytes()
+    assert content.count(b"abcde.ige") == 1
+    image.write_bytes(content.replace(b"abcde.ige", b"../xy.ige"))
+    with rasterio.open(image, driver="HFA") as dataset:  # GDAL alone follows
+        np.testing.assert_array_equal(dataset.read(), pixels)
+    with pytest.raises(Flaw, match=r"takes pixels from .*xy\.ige, in another folder"):
+        use(image)
+
+
 def test_a_vrt_of_good_sources_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mosaic.vrt"
     source = scene(tmp_path / "a.tif")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -482,6 +483,12 @@ def wide(values: dict[str, Any]) -> None:
     meta["sizes"][0]["as_int"] = 10**6
 
 
+def much_of_little(values: dict[str, Any]) -> None:
+    meta = next(iter(values["config"].values()))["tensor_meta"]
+    meta["sizes"] = [{"as_int": 10**4} for _ in meta["sizes"]]
+    meta["strides"] = [{"as_int": 0} for _ in meta["strides"]]
+
+
 def behind(values: dict[str, Any]) -> None:
     next(iter(values["config"].values()))["tensor_meta"]["storage_offset"]["as_int"] = 10**9
 
@@ -515,7 +522,8 @@ def a_submodule(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("entry", "change", "words"),
     [
-        (WEIGHTS, wide, "out of bounds"),
+        (WEIGHTS, wide, "a tensor of [1000000"),
+        (WEIGHTS, much_of_little, "a tensor of [10000, 10000, "),
         (WEIGHTS, behind, "out of bounds"),
         (WEIGHTS, elsewhere, "is pickled"),
         (GRAPH, later, "before it is there"),
@@ -664,6 +672,32 @@ def test_operators_of_a_library_are_refused(tmp_path: Path, original: TrainedMod
     onnx.helper.set_model_props(model, {KEY: About.of(original).to_text()})
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     assert "somebody.else" in refused(tmp_path / "x.onnx")
+
+
+def test_a_function_of_the_file_does_not_let_a_library_in(
+    tmp_path: Path, original: TrainedModel
+) -> None:
+    """A domain in which one function stands in the file may still be a library's."""
+    onnx = pytest.importorskip("onnx")
+    model = relu("somebody.else")
+    helper = onnx.helper
+    node = helper.make_node("Identity", ["x"], ["y"])
+    opset = [helper.make_opsetid("", 18)]
+    model.functions.append(helper.make_function("somebody.else", "Other", ["x"], ["y"], [node], opset))
+    helper.set_model_props(model, {KEY: About.of(original).to_text()})
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    assert "somebody.else" in refused(tmp_path / "x.onnx")
+
+
+def test_a_network_that_is_only_claimed_takes_no_memory(tmp_path: Path) -> None:
+    """A checkpoint of four channels says that it is one of 16,384."""
+    trained = make_run(tmp_path / "run")
+    claimed = dataclasses.replace(trained.description.model, base_channels=1 << 14, depth=8)
+    description = dataclasses.replace(trained.description, model=claimed)
+    states = {"model": trained.module.state_dict(), "description": description.to_dict()}
+    checkpoint.save(tmp_path / "other", states, step=7, epoch=1)
+    with pytest.raises(CheckpointError, match="not those of the network"):
+        load_run(tmp_path / "other" / "step-000000007", "cpu")
 
 
 def test_something_else_than_probabilities_is_refused(tmp_path: Path, original: TrainedModel) -> None:

@@ -198,7 +198,10 @@ class Cluster:
         if self.refusals:
             raise SlurmError(self.refusals.pop(0))
 
-    def submit_successor(self, job: str, command: Sequence[str], options: Sequence[str]) -> str:
+    def submit_successor(
+        self, job: str, command: Sequence[str], options: Sequence[str], lines: Sequence[str]
+    ) -> str:
+        assert any("$EUID" in line for line in lines)
         self.asked.append(f"successor of {job}")
         return "18"
 

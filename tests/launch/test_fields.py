@@ -231,12 +231,14 @@ def test_a_successor_asks_for_the_same_and_runs_its_words(
     cells = {"Comment": comment, "Name": "a b"}
     row = b"".join(cells.get(name, "").encode().ljust(slurm._LONG_COLUMN) for name in slurm._ASKED)
     (calls / "said").write_bytes(row)
-    slurm.submit_successor("17", [str(teller), *command], ["--no-requeue"])
+    lines = [f"touch {calls}/first"]
+    slurm.submit_successor("17", [str(teller), *command], ["--no-requeue"], lines)
     words = noted(calls, "sbatch")
     assert f"--comment={comment}" in words and "--job-name=a b" in words
     assert all(word == "--parsable" or word.startswith("--") for word in words)
     subprocess.run(["bash", str(calls / "input")], check=True)
     assert (calls / "told").read_bytes().decode().split("\0")[:-1] == command
+    (calls / "first").unlink()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agrivision.errors import harmless
 from launch.__main__ import main
 from launch.jobdir import Attempt, JobDirectory, JobSpec
-from launch.logs import chunks, harmless, is_ended, log_file
+from launch.logs import chunks, is_ended, log_file
 from tests.launch.conftest import FakeSlurm, queued
 
 FIRST = b"2030-01-01T00:00:00 launch: attempt 1 on n1, 2 ranks: train\none\n"

@@ -271,6 +271,43 @@ def test_no_question_about_what_is_done(run_dir: Path, slurm: FakeSlurm) -> None
     assert report(find([run_dir])).rows[0].state == "pending"  # what is done is that of before
 
 
+@pytest.mark.parametrize(
+    "row",
+    ['"step": "x"', '"step": 1, "epoch": [1]', '"step": -1', '"step": 1, "images_per_second": {}'],
+)
+def test_a_row_that_is_not_ours_is_passed_over(row: str, config: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "local")
+    run.path.mkdir()
+    shutil.copyfile(config, run.config)
+    rows = ['{"kind": "training", "step": 9, "epoch": 0}', f'{{"kind": "training", {row}}}']
+    run.metrics.write_text("\n".join(rows))
+    (found,) = report(find([run.path])).rows
+    assert (found.state, found.step) == ("not launched", 9)
+
+
+def test_a_damaged_job_does_not_hide_the_others(
+    run_dir: Path, tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = write(JobDirectory.beside(tmp_path / "maps"))
+    job.submitted("9", by="launch")
+    job.spec_file.write_text("{")
+    slurm.hold(queued("9"))
+    assert main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(f"{run_dir.name}: " in line for line in lines)
+    assert any("maps: unreadable (" in line and str(job.spec_file) in line for line in lines), lines
+
+
+def test_what_strangers_wrote_is_shown_as_codes(
+    run_dir: Path, no_slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = JobDirectory.of_run(run_dir)
+    job.began(ended("given up", code=86, reason="\x1b]0;title\x07[red]"))
+    assert main(["status", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07[red]" in said and "\x1b" not in said
+
+
 @pytest.mark.parametrize(("step", "state"), [(9, "not launched"), (18, "done")])
 def test_a_run_without_a_job(step: int, state: str, config: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "local")

@@ -137,6 +137,7 @@ def test_names_reach_python_literally(
     monkeypatch.setattr(sys, "executable", str(teller))
     monkeypatch.setenv("PYTHONPATH", "before")
     folder = tmp_path / name / "launch"
+    folder.mkdir(parents=True, mode=0o700)
     setting = Setting(resources=build({"comment": name}), setup=(), python=("python",))
     text = script(folder, folder / "code", name, setting)
     file = tmp_path / "script.sh"

@@ -34,6 +34,14 @@ def test_rank_0_shows_plain_lines_with_the_time(capsys: pytest.CaptureFixture[st
     )
 
 
+def test_a_terminal_is_told_nothing_to_obey(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Names of files are strangers' words."""
+    configure_log(0, tmp_path / "rank-0.log")
+    logger.warning("%s is damaged\nas grün as it was", "a\x1b[2J\x9b\u202e.jpg")
+    for said in (capsys.readouterr().err, (tmp_path / "rank-0.log").read_text()):
+        assert "a\\x1b[2J\\x9b\\u202e.jpg is damaged\nas grün as it was\n" in said
+
+
 def test_other_ranks_show_warnings_with_their_rank(capsys: pytest.CaptureFixture[str]) -> None:
     configure_log(5, None)
     logger.info("hidden")

@@ -19,12 +19,13 @@ from xml.etree import ElementTree as ET  # see where it reads # nosec B405
 from agrivision.data.parts import geodata
 from agrivision.data.sources.source import Flaw
 
+IMG = ".img"
 # One driver a suffix, so that no file can choose another one.
 DRIVERS = {
     ".tif": "GTiff",
     ".tiff": "GTiff",
     ".jp2": "JP2OpenJPEG",
-    ".img": "HFA",
+    IMG: "HFA",
     ".png": "PNG",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -100,13 +101,19 @@ def check(path: Path) -> None:
 
 
 def check_tags(path: Path, dataset: Any) -> None:
-    """Refuse an open raster whose own tags name overviews in another file.
+    """Refuse an open raster that keeps overviews in another file, or pixels in another folder.
 
     Raises:
         Flaw: they do.
     """
     if dataset.tags(ns="OVERVIEWS"):
         raise Flaw(path, "elsewhere", "has tags that lead to overviews in another file: remove them")
+    if path.suffix.lower() == IMG:  # may keep its pixels in a file that it names
+        here = {path.absolute().parent, path.resolve().parent}
+        for name in dataset.files:
+            file = Path(os.path.normpath(name))
+            if not {file.absolute().parent, file.resolve().parent} <= here:
+                raise Flaw(path, "elsewhere", f"takes pixels from {name}, in another folder")
 
 
 def _check_beside(path: Path) -> None:
@@ -216,11 +223,25 @@ def _check_element(path: Path, element: ET.Element) -> None:
         raise Flaw(path, "elsewhere", "its coordinate system is no text of its own")
 
 
+def _beside(path: Path, text: str) -> Path:
+    """The file that a VRT names from where it is.
+
+    GDAL begins where a link leads to, and `..` of a folder that is a link may be another for it than
+    for the kernel: where these are several files, the one looked at may not be the one that is read.
+    """
+    source = path.parent / text
+    meant = {source.resolve(), (path.resolve().parent / text).resolve()}
+    meant.add(Path(os.path.normpath(source)).resolve())
+    if len(meant) > 1:
+        raise Flaw(path, "elsewhere", f"its source {text!r} depends on links: make a copy instead")
+    return source
+
+
 def _source(path: Path, element: ET.Element) -> Path:
     text, relative = element.text or "", element.get("relativeToVRT", "0")
     if is_no_path(text) or text != text.strip() or len(element) or relative not in ("0", "1"):
         raise Flaw(path, "elsewhere", f"its source {text!r} is not the path of a file")
-    source = path.parent / text if relative == "1" else Path(text).absolute()
+    source = _beside(path, text) if relative == "1" else Path(text).absolute()
     if source.suffix.lower() not in _MAGIC:
         formats = ", ".join(suffix.lstrip(".") for suffix in _MAGIC)
         raise Flaw(path, "elsewhere", f"its source {source} is not one of the formats {formats}")
