@@ -169,7 +169,9 @@ def slurm_conf(folder: Path, options: ClusterOptions, address: str | None, ports
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
         "JobRequeue": int(options.job_requeue),
-        "ReturnToService": 2,
+        # Not 2: a node that somebody set down would be back at once, and get its job again while the
+        # ranks there still save: that is "already running", and the job is held.
+        "ReturnToService": 1,
         "KillWait": options.kill_wait,
         "SlurmdTimeout": options.slurmd_timeout,
         "MinJobAge": options.min_job_age,
