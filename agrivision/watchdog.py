@@ -37,7 +37,7 @@ from agrivision.phase import WAITING, current
 from agrivision.stacks import began, compiling, kernel_view, stacks
 from agrivision.world import World
 
-_YEAR = 366 * 24 * 60.0
+_MOST_MINUTES = 1e8  # more, and timers overflow
 _BEATS = 60  # in the time that a rank may be quiet
 _LONGEST_PERIOD = 10.0
 _STRETCHES = 3  # in that time, in each of which a straggler is looked for
@@ -72,8 +72,9 @@ class Watchdog:
     """
 
     def __init__(self, world: World, minutes: float | None) -> None:
-        if minutes is not None and not 0 < minutes < _YEAR:
-            raise BadInput(f"stall_minutes is {minutes:g}: more than 0, or null for no watchdog")
+        if minutes is not None and not 0 < minutes <= _MOST_MINUTES:
+            bounds = f"more than 0 and at most {_MOST_MINUTES:g}, or null for no watchdog"
+            raise BadInput(f"stall_minutes is {minutes:g}: it must be {bounds}")
         self.minutes = minutes
         self._limit = 60.0 * (minutes or 0.0)
         self._period = min(self._limit / _BEATS, _LONGEST_PERIOD)

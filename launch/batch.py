@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from agrivision.ending import read_endings
-from agrivision.errors import AgrivisionError, BadInput, ExitCode, without_passwords
+from agrivision.errors import AgrivisionError, BadInput, ExitCode, one_line, without_passwords
 from agrivision.rundir import RunDirectory
 from agrivision.storage import make_private
 from launch import slurm
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(line: str) -> None:
     clock = time.strftime("%Y-%m-%dT%H:%M:%S")
-    sys.stdout.write(f"{clock} launch: {without_passwords(' '.join(line.split()))}\n")
+    sys.stdout.write(f"{clock} launch: {one_line(without_passwords(' '.join(line.split())))}\n")
     sys.stdout.flush()
 
 
@@ -280,7 +280,7 @@ class _Batch:
                 self._place.raw_job,
                 command,
                 self._successor_options(),
-                guard([self._job.path, self._job.code.resolve().parent]),
+                guard(self._job.path, self._job.code),
             )
         except AgrivisionError as error:
             line = f"cannot submit a successor either ({error}): `launch resume` goes on"

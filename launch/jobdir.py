@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import time
@@ -128,21 +129,25 @@ class Attempt:
     preempted: bool = False
 
 
-def guard(folders: Iterable[Path]) -> list[str]:
-    """Lines of a script that end it where one of these folders is not its user's own.
+def guard(folder: Path, code: Path) -> list[str]:
+    """Lines of bash that end a job's script where its folders are not its user's own.
 
     Whoever may write the folder above can put another one in a job's place while that waits. Python
     would run what it finds there before anything of ours could look.
+
+    Args:
+        folder: of the job.
+        code: that it runs; a sweep's element has a link to the sweep's.
     """
+    # The links above stay as they are: nodes may know the same folder by another of its names.
+    target = Path(os.path.normpath(code.parent / code.readlink())) if code.is_symlink() else code
     lines = []
-    for folder in dict.fromkeys(folders):
-        words = shlex.quote(str(folder))
-        text = shlex.quote(f"launch: error: {folder} is not yours alone any more: the job is not run")
-        lines += [
-            f'case "$(stat --format=%u:%A -- {words})" in',
-            f'"$EUID":d????-??-* | 0:d????-??-*) ;; *) echo {text} >&2; exit 2 ;;',
-            "esac",
-        ]
+    for path in dict.fromkeys([folder, target.parent]):
+        name = shlex.quote(str(path))
+        text = shlex.quote(f"launch: error: {path} is not yours alone any more: the job is not run")
+        found = f"$(stat --format=%u -- {name}):$(stat --dereference --format=%u:%A -- {name})"
+        pattern = "^($EUID|0):($EUID|0):d....-..-."
+        lines.append(f'[[ "{found}" =~ {pattern} ]] || {{ echo {text} >&2; exit 2; }}')
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import re
 import sys
 import time
@@ -118,7 +119,8 @@ def printer() -> Callable[[bytes], None]:
 
     A terminal obeys what it is shown, and a job prints what stands in files of others.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    plain = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    decoder = io.IncrementalNewlineDecoder(plain, translate=True)
 
     def write(chunk: bytes) -> None:
         if sys.stdout.isatty():

@@ -410,7 +410,7 @@ def _setup(folder: Path, code: Path, lines: Sequence[str]) -> list[str]:
         "umask 077",
         "trap : TERM USR1 USR2  # bash stays until Python has decided; its children get the default",
         *lines,
-        *guard([folder, code.resolve().parent]),
+        *guard(folder, code),
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # else the folder that the job was submitted in comes first",
         "export SUBMITIT_PREEMPT_SIGNAL=USR1",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agrivision import ownership, rendezvous
@@ -28,6 +29,7 @@ from launch.freeze import freeze_train
 from launch.jobdir import JobDirectory, JobSpec, guard
 from launch.resources import build, find_site, read_site
 from launch.submit import Setting, script
+from tests.inference.small import smooth, write_scene
 from tests.others import STRANGER, as_root, as_stranger, give_away
 from tests.ranks import run
 from tests.training.runs import arguments
@@ -225,22 +227,26 @@ def test_a_job_of_somebody_else_is_not_run(job: JobDirectory, name: str, tmp_pat
 def test_a_waiting_job_runs_nothing_of_what_took_its_place(job: JobDirectory, tmp_path: Path) -> None:
     """Its script looks before Python does: that would begin with a sitecustomize.py in the code."""
     setting = Setting(resources=build({}), setup=(), python=("python",))
-    array = tmp_path / "array"
+    array, link = tmp_path / "array", tmp_path / "link"
     array.mkdir(mode=0o700)
-    for folder in (job.path, array):
-        text = script(folder, job.code, "name", setting)
-        lines = "\n".join(guard([folder, job.path]))
+    (array / "code").symlink_to(job.code)
+    link.symlink_to(job.path)
+    for folder, code in ((job.path, job.code), (array, array / "code"), (link, link / "code")):
+        lines = "\n".join(guard(folder, code))
+        text = script(folder, code, "name", setting)
         assert text.index(lines) < text.index("export PYTHONPATH")
-        run_lines = partial(subprocess.run, ["bash", "-c", lines], capture_output=True, text=True)
-        assert run_lines(check=True).stderr == ""
+        look = partial(subprocess.run, ["bash", "-c", lines], capture_output=True, text=True)
+        assert look(check=True).stderr == ""
         for spoil in (give_away, lambda path: path.chmod(0o770), lambda path: path.rename(f"{path}-")):
             spoil(job.path)
-            done = run_lines(check=False)
-            assert done.returncode == 2 and f"{job.path} is not yours alone" in done.stderr
+            done = look(check=False)
+            assert done.returncode == 2 and "is not yours alone any more" in done.stderr
             if not job.path.exists():
                 Path(f"{job.path}-").rename(job.path)
             os.chown(job.path, os.geteuid(), -1)
             job.path.chmod(0o700)
+    give_away(link)
+    assert look(check=False).returncode == 2
 
 
 @as_root
@@ -248,17 +254,22 @@ def test_what_somebody_left_is_not_locked_nor_taken_for_done(
     trained: Path, fields: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     maps, made = tmp_path / "maps", tmp_path / "made"
-    for out, folder, words in (
-        (maps, ".predict", ["predict", "--checkpoint", str(trained), str(dataset), "--out", str(maps)]),
-        (made.with_name("made.partial"), ".prepare", ["prepare", str(fields), str(made)]),
+    scene = write_scene(tmp_path / "scene.tif", smooth(np.random.default_rng(0), 64, 64))
+    predict = ["predict", "--checkpoint", str(trained), "--out", str(maps)]
+    for folder, words in (
+        (maps / ".predict" / "labels", [*predict, str(dataset)]),
+        (maps / ".predict" / "scenes" / "scene", [*predict, str(scene)]),
+        (tmp_path / "made.partial" / ".prepare", ["prepare", str(fields), str(made)]),
     ):
-        (out / folder).mkdir(parents=True)
-        for planted in (out / folder / "x", out / folder):
+        folder.mkdir(parents=True)
+        for planted in (folder / "x", folder):
             planted.mkdir(exist_ok=True)
             give_away(planted)
             assert main(words) == 2
             assert f"{planted} belongs to user {STRANGER}" in complaint(capsys)
             os.chown(planted, os.geteuid(), -1)
+    give_away(maps / ".predict")  # a colleague's scenes are no matter of this one
+    assert main([*predict, str(scene)]) == 0
 
 
 @as_root

@@ -118,7 +118,7 @@ def jpeg_shape(content: bytes | memoryview) -> tuple[int, int, int]:
     except ValueError as error:
         raise DatasetError(f"not a whole JPEG ({error})") from None
     except KeyError:  # libjpeg-turbo knows more of them than its bindings
-        raise DatasetError("a JPEG of unusual subsampling: 4:4:4, 4:2:2 or 4:2:0 belong here") from None
+        raise DatasetError("a JPEG of unusual subsampling: save it anew, as 4:4:4 or 4:2:0") from None
     if max(height, width) > MAX_TILE:
         raise DatasetError(f"{width} x {height} pixels: larger than any tile")
     # Each scan goes over all pixels again, and a scan of twelve bytes is one.

@@ -28,7 +28,7 @@ from agrivision.part import Stop, never
 from agrivision.storage import storage_error
 
 FOLDER = ".predict"
-_DEPTH = 3  # .predict/scenes/STEM/DIGEST; the blocks in it are as many as they are
+_DEPTH = 2  # .predict/scenes/STEM/DIGEST/7.block
 _HALF = re.compile(r"\.(.+)\.[0-9]+\.part(?:\.[a-z]+)*", re.DOTALL)
 _FRAME = struct.Struct("<IQ")  # length and XXH3-64 of what follows
 
@@ -88,21 +88,21 @@ def make_folder(folder: Path) -> None:
         raise storage_error(folder, error) from error
 
 
-def require_own_state(out: Path) -> None:
-    """Refuse what somebody else left in `out` as done: it would be taken for part of the result.
+def require_own_state(*paths: Path) -> None:
+    """Refuse what somebody else left as done: it would be taken for part of the result.
 
     Args:
-        out: folder of the results.
+        paths: of files, and of folders with what is in them.
 
     Raises:
         Untrusted: there is such a thing.
         StorageError, NotWritable: it cannot be looked at.
     """
-    folder = out / FOLDER
-    try:
-        require_own_tree(folder, _DEPTH)
-    except OSError as error:
-        raise storage_error(folder, error) from error
+    for path in paths:
+        try:
+            require_own_tree(path, _DEPTH)
+        except OSError as error:
+            raise storage_error(path, error) from error
 
 
 class Journal:

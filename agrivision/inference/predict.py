@@ -11,7 +11,7 @@ from agrivision.data.schema import FILE_NAME
 from agrivision.data.sources.guard import ALLOW_VRT, DRIVERS, VRT, is_raster
 from agrivision.data.sources.layouts import LAYOUTS
 from agrivision.errors import BadInput, SourceError
-from agrivision.inference.journal import make_folder, require_own_state
+from agrivision.inference.journal import make_folder
 from agrivision.inference.postprocessing import Postprocessing
 from agrivision.inference.predictor import Predictor
 from agrivision.inference.products import INDEX, Products, make_index, make_products, outputs
@@ -201,7 +201,6 @@ def predict(
     bar = bar or progress("predicting", unit="tile", show=False)
     bar.total(tiles + sum(work.windows(blocks) for work, blocks in shared))
     make_folder(out)
-    require_own_state(out)
     missing = 0
     if any(each.keys for each in found.tiles):
         missing = predict_tiles(
@@ -244,6 +243,7 @@ def _predict_scene(
     work: SceneWork, blocks: Sequence[int], products: Products, bar: Progress, stop: Stop
 ) -> bool:
     """Do a part's share of a scene; returns whether its map is there."""
+    work.require_own()
     if work.is_finished:
         bar.advance(work.windows(blocks))
     else:

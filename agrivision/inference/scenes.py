@@ -25,7 +25,14 @@ from agrivision.inference.ahead import one_ahead
 from agrivision.inference.assemble import Weights, assemble, keep
 from agrivision.inference.blend import Values, add_up
 from agrivision.inference.cleaning import digest, mend_confidence, remove_specks, slices
-from agrivision.inference.journal import FOLDER, fingerprint, make_folder, remove_leftovers, stamp
+from agrivision.inference.journal import (
+    FOLDER,
+    fingerprint,
+    make_folder,
+    remove_leftovers,
+    require_own_state,
+    stamp,
+)
 from agrivision.inference.postprocessing import Postprocessing
 from agrivision.inference.predictor import Predictor
 from agrivision.inference.reading import Cut, ScenePixels, open_scene, read_block
@@ -161,6 +168,15 @@ class SceneWork:
     def windows(self, blocks: Iterable[int]) -> int:
         """How many windows some blocks have."""
         return sum(self.grid.count(self.grid.block(number)) for number in blocks)
+
+    def require_own(self) -> None:
+        """Refuse what somebody else left as done of this scene.
+
+        Raises:
+            Untrusted: there is such a thing.
+            StorageError, NotWritable: it cannot be looked at.
+        """
+        require_own_state(self._folder, self._lock, self._note.path)
 
     @property
     def is_finished(self) -> bool:
@@ -371,12 +387,12 @@ class SceneWork:
 class Note:
     """Which files were made from what, so that they are not made again.
 
-    Args:
+    Attributes:
         path: of a JSON file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def holds(self, name: str, digest: str, files: Sequence[Path]) -> bool:
         """Whether files were made under this digest, and are still what was made."""
@@ -400,11 +416,11 @@ class Note:
         """
         made = {"digest": digest, "files": _digests(files), "about": about}
         content = self._read() | {name: made}
-        write_atomically(self._path, json.dumps(content).encode())
+        write_atomically(self.path, json.dumps(content).encode())
 
     def _read(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
-            content = json.loads(self._path.read_bytes())
+            content = json.loads(self.path.read_bytes())
             if isinstance(content, dict):
                 return content
         return {}

@@ -28,6 +28,7 @@ from agrivision.inference.journal import (
     make_folder,
     read_records,
     remove_leftovers,
+    require_own_state,
 )
 from agrivision.inference.postprocessing import Postprocessing
 from agrivision.inference.predictor import Predictor
@@ -90,6 +91,7 @@ def predict_tiles(
 
     Raises:
         Busy: another process predicts the same part, and goes on doing so.
+        Untrusted: somebody else has begun here.
         SourceError, DatasetError: an image cannot be read.
         Interrupted: asked to stop; what is finished is kept.
         StorageError, NotWritable: the disk refused.
@@ -97,6 +99,7 @@ def predict_tiles(
     folder = out / LABELS
     make_folder(folder)
     state, digest = out / FOLDER / LABELS, _digest(predictor, batch_size, postprocessing)
+    require_own_state(state)
     name, what = f"{part.number}-of-{part.of}", f"part {part} into {out}"
     with Journal(state / name, digest, what, stop) as journal:
         before = _found_in(state, digest)

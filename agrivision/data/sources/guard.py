@@ -109,10 +109,10 @@ def check_tags(path: Path, dataset: Any) -> None:
     if dataset.tags(ns="OVERVIEWS"):
         raise Flaw(path, "elsewhere", "has tags that lead to overviews in another file: remove them")
     if path.suffix.lower() == IMG:  # may keep its pixels in a file that it names
-        here = {path.absolute().parent, path.resolve().parent}
+        names = {path.absolute(), path.resolve(), Path(os.path.normpath(path.absolute()))}
+        here = {each.parent for each in names}
         for name in dataset.files:
-            file = Path(os.path.normpath(name))
-            if not {file.absolute().parent, file.resolve().parent} <= here:
+            if Path(os.path.normpath(Path(name).absolute())).parent not in here:
                 raise Flaw(path, "elsewhere", f"takes pixels from {name}, in another folder")
 
 
