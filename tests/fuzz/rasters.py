@@ -88,6 +88,26 @@ def scene(folder: Path) -> Target:
     return Target(seeds=seeds, run=run)
 
 
+def jpeg2000(folder: Path) -> Target:
+    """A scene as JPEG 2000: read, or refused."""
+    path = folder / "scene.jp2"
+    seeds = []
+    for options in ({"QUALITY": "100", "REVERSIBLE": "YES"}, {"CODEC": "J2K"}, {"BLOCKXSIZE": "16"}):
+        with rasterio.MemoryFile() as memory:
+            with memory.open(
+                driver="JP2OpenJPEG", count=4, height=_SHAPE[1], width=_SHAPE[2], dtype="uint8",
+                **_PLACE, **options,
+            ) as dataset:  # fmt: skip
+                dataset.write(_image())
+            seeds.append(bytes(memory.getbuffer()))
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        _check_prediction(path, data)
+
+    return Target(seeds=tuple(seeds), run=run)
+
+
 def _check_prediction(path: Path, data: bytes) -> None:
     found = answer(lambda: look(path, _DESCRIPTION), path)
     if found is REFUSED:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import checkpoints, images, labels, options, pngs, rasters, rows, schema, shards
+from tests.fuzz import (
+    checkpoints,
+    exported,
+    images,
+    labels,
+    options,
+    pngs,
+    rasters,
+    rows,
+    schema,
+    shards,
+)
 from tests.fuzz.harness import Target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
@@ -22,6 +33,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "states": checkpoints.states,
     "scene": rasters.scene,
     "label-raster": rasters.label_raster,
+    "jpeg2000": rasters.jpeg2000,
     "mask": pngs.mask,
     "prediction": pngs.prediction,
     "zip": pngs.zip_file,
@@ -33,4 +45,6 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "attempts": rows.attempts,
     "metrics": rows.metrics,
     "pairs": rows.pairs,
+    "exported-weights": exported.weights,
+    "exported-graph": exported.graph,
 }

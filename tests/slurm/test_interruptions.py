@@ -269,7 +269,9 @@ def test_a_job_that_may_not_be_requeued(
     for key in ("JobName", "Partition", "TimeLimit", "NumNodes", "TresPerNode", "ExcNodeList",
                 "WorkDir", "Comment", "CPUs/Task", "NumTasks", "OverSubscribe", "Requeue"):  # fmt: skip
         assert after.get(key) == before.get(key), key
-    assert after["StdOut"] == before["StdOut"].replace(run.number, number)
+    log = Path(before["StdOut"])
+    assert run.number in log.name
+    assert Path(after["StdOut"]) == log.with_name(log.name.replace(run.number, number))
 
 
 @pytest.mark.faults
