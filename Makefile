@@ -37,7 +37,7 @@ test-faults: $(STAMP)  ## all faults, which takes hours: ROWS=9,10 chooses, SAMP
 	@for turn in $$(seq $(or $(TIMES),1)); do \
 		$(BIN)/python -m pytest -m "$(if $(SAMPLE),faults and not long,faults or row)" \
 			-p tests.slurm.sampling -p tests.faults_report \
-			$(if $(ROWS),--rows $(ROWS)) $(if $(REPORT),--faults-report $(REPORT)) \
+			$(if $(ROWS),--rows $(ROWS)) $(if $(REPORT),--faults-report=$(REPORT)) \
 			$(if $(JOBS),--numprocesses $(JOBS) --dist worksteal) \
 			$(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SAMPLE_SEED),--sample-seed $(SAMPLE_SEED)) || exit 1; \
 	done
