@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from types import FrameType
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 60.0  # between TERM and KILL for the ranks that are left when one has failed
+_FOLLOW_SECONDS = 10.0  # for the others, when one has left because it was asked to
 _STOPPED = 85
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
@@ -47,7 +49,8 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
 
     When a rank fails the others get SIGTERM, as `srun --kill-on-bad-exit` does it, and SIGKILL a
     minute later, or at once where they are stopped and cannot hear. A rank that was merely asked to
-    stop (85) is no failure.
+    stop (85) is no failure; but the others would wait for it where they have not met yet, so they are
+    asked, too.
 
     Args:
         command: program and arguments; never a shell string.
@@ -126,7 +129,7 @@ class _Forwarding:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    deadline = None
+    deadline = ask = None
     first = 0
     # All of them, each time: a rank that ended counts even while one before it still runs.
     while None in (states := [process.poll() for process in processes]):
@@ -137,6 +140,11 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         if deadline is not None:
             late = time.monotonic() > deadline
             _signal_all([each for each in processes if late or _is_stopped(each)], signal.SIGKILL)
+        elif ask is None and _STOPPED in states:
+            ask = time.monotonic() + _FOLLOW_SECONDS
+        elif ask is not None and time.monotonic() > ask:
+            _signal_all(processes, signal.SIGTERM)  # whoever is saving has heard that already
+            ask = math.inf
         time.sleep(_POLL_SECONDS)
     codes = [process.returncode for process in processes]
     bad = [code for code in codes if code not in (0, _STOPPED)]

@@ -65,6 +65,21 @@ def test_a_rank_that_is_stopped_does_not_keep_the_launcher_waiting(
     assert children(os.getpid()) == before
 
 
+def test_who_waits_for_a_rank_that_was_asked_to_stop_is_asked_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may have left before the ranks had met."""
+    monkeypatch.setattr(local, "_FOLLOW_SECONDS", 0.5)
+    late = (
+        f"signal.signal(signal.SIGTERM, lambda *_: open({str(tmp_path / 'asked')!r}, 'a').write('x'));"
+        " [time.sleep(0.1) for _ in range(30)]; sys.exit(85)"
+    )
+    begin = time.monotonic()
+    assert local.run_ranks(program("time.sleep(1); sys.exit(85)", LEAVES_WHEN_ASKED, late), 3) == 85
+    assert time.monotonic() - begin < PATIENCE
+    assert (tmp_path / "asked").read_text() == "x"  # once: it may be saving
+
+
 def test_ranks_know_their_place(tmp_path: Path) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     line = (
