@@ -180,6 +180,25 @@ def test_a_jpeg_that_says_it_is_huge_is_refused(memory):
         jpeg_shape(bytes(content))
 
 
+@pytest.mark.parametrize("name", [b"of_the_band", b"of_the_system"])
+def test_a_raster_with_a_text_that_is_no_utf8_is_refused(name, tmp_path):
+    path = tmp_path / "scene.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", width=SIDE, height=SIDE, count=1, dtype="uint8",
+        crs=rasterio.CRS.from_wkt('LOCAL_CS["of_the_system",UNIT["metre",1]]'),
+        transform=Affine(1, 0, 5, 0, -1, 5),
+    ) as dataset:  # fmt: skip
+        dataset.write(np.ones((1, SIDE, SIDE), np.uint8))
+        dataset.set_band_description(1, "of_the_band")
+    with opened(path) as dataset:
+        assert dataset.descriptions == ("of_the_band",)
+    content = path.read_bytes()
+    assert name in content
+    path.write_bytes(content.replace(name, b"\xe4" + name[1:]))
+    with pytest.raises(Flaw, match="no UTF-8"), opened(path):
+        pass
+
+
 def test_a_jpeg_whose_subsampling_has_no_name_is_refused():
     content = bytearray(
         simplejpeg.encode_jpeg(np.zeros((SIDE, SIDE, 3), np.uint8), colorsubsampling="440")

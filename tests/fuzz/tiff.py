@@ -32,6 +32,8 @@ _KNOWN = {
     42112,
     42113,
 }
+_SINGLE = (_WIDTH, _HEIGHT, _COMPRESSION, _SAMPLES, _ROWS, _PLANAR, _PREDICTOR)
+_SINGLE += (_TILE_WIDTH, _TILE_HEIGHT)  # of more than one value libtiff takes none, or the first
 _KNOWN |= {256, 257, 258, 259, 273, 277, 278, 279, 284, 317, 339, 322, 323, 324, 325}
 
 
@@ -59,7 +61,7 @@ def decode(content: bytes) -> np.ndarray | None:
 def _decode(content: bytes) -> np.ndarray | None:
     order = {b"II*\0": "<", b"MM\0*": ">"}[content[:4]]
     tags = _tags(content, order)
-    if set(tags) - _KNOWN:
+    if set(tags) - _KNOWN or any(len(tags.get(tag, (1,))) != 1 for tag in _SINGLE):
         return None
     width, height = tags[_WIDTH][0], tags[_HEIGHT][0]
     bands = tags.get(_SAMPLES, (1,))[0]

@@ -156,7 +156,7 @@ def _check_sidecar(path: Path) -> None:
     try:
         with rasterio.open(path.absolute(), driver="GTiff") as dataset:
             check_tags(path, dataset)
-    except rasterio.errors.RasterioError as error:
+    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise Flaw(path, "elsewhere", f"cannot be read ({reason}): {remedy}") from None
 
@@ -175,7 +175,7 @@ def _check_plain(vrt: Path, source: Path) -> None:
     try:
         with rasterio.open(source, driver=DRIVERS[source.suffix.lower()]) as dataset:
             check_tags(source, dataset)
-    except rasterio.errors.RasterioError as error:
+    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise Flaw(vrt, "elsewhere", f"its source {source} cannot be read ({reason})") from None
 

@@ -151,7 +151,8 @@ def opened(path: Path) -> Iterator[Any]:
     suffix = path.suffix.lower()
     driver = "VRT" if suffix == VRT else DRIVERS[suffix]
     with attempt(path, lambda: rasterio.open(path.absolute(), driver=driver)) as dataset:
-        check_tags(path, dataset)
+        attempt(path, lambda: check_tags(path, dataset))
+        attempt(path, lambda: dataset.descriptions)
         check_header(path, dataset)
         yield dataset
 
@@ -165,6 +166,9 @@ def attempt(path: Path, read: Callable[[], Any], window: Window | None = None) -
     rasterio = geodata()
     try:
         return read()
+    except UnicodeDecodeError:  # of the coordinate system, a band's name, a tag
+        reason = "a text in it is no UTF-8: write the file anew, or without such names"
+        raise Flaw(path, "unreadable", f"cannot be read ({reason})") from None
     except (rasterio.errors.RasterioError, OSError) as error:
         where = f" at {window}" if window else ""
         reason = " ".join(str(error.__cause__ or error).split())
