@@ -105,6 +105,8 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
         built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise shortened(error) from None
+    except OverflowError:  # an integer of hundreds of digits where a number belongs
+        raise ConfigurationError("a number in the configuration is too large") from None
     fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(Config)}
     return TrainOptions(Config(**fields), Path(built.run_dir), built.resume_with_changes, built.profile)
 

@@ -99,6 +99,8 @@ def _same(config: dict[str, Any], said: dict[str, Any]) -> bool:
     """Whether the values are those of the file, numbers that YAML 1.1 takes for text included."""
     for key, value in config.items():
         other = said[key]
+        if isinstance(value, float) and type(other) is int:
+            other = float(other)  # as large ones are rounded
         if isinstance(value, int | float) and isinstance(other, str):
             other = float(other) if isinstance(value, float) else int(other)
         if isinstance(value, str) and not isinstance(other, str):

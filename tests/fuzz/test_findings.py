@@ -180,6 +180,13 @@ def test_a_jpeg_that_says_it_is_huge_is_refused(memory):
         jpeg_shape(bytes(content))
 
 
+def test_an_integer_of_hundreds_of_digits_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"optimizer: {{lr: 1{'0' * 400}}}\n")
+    with pytest.raises(ConfigurationError, match="too large"):
+        read_config(path)
+
+
 @pytest.mark.parametrize("name", [b"of_the_band", b"of_the_system"])
 def test_a_raster_with_a_text_that_is_no_utf8_is_refused(name, tmp_path):
     path = tmp_path / "scene.tif"
