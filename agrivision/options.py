@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import sys
 import types
 import typing
 from argparse import ArgumentError
@@ -26,6 +27,7 @@ from agrivision.errors import BadInput, ConfigurationError, without_passwords
 _KEYS = flatten(Config().to_dict())
 _MOST_BYTES = 1 << 16  # of a configuration; all of its keys take some 3 kB
 _TOO_LARGE = 2**63
+_EXPONENT = re.compile(r"[-+]?[\d_.]+[eE][-+]?\d+")
 _FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # deep nesting costs the other one seconds
 _DEEPEST = 8  # levels; a configuration has two
 _SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
@@ -106,7 +108,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     except ArgumentError as error:
         raise shortened(error) from None
     except OverflowError:  # an integer of hundreds of digits where a number belongs
-        raise ConfigurationError("a number in the configuration is too large") from None
+        raise ConfigurationError("a number on the command line is too large") from None
     fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(Config)}
     return TrainOptions(Config(**fields), Path(built.run_dir), built.resume_with_changes, built.profile)
 
@@ -122,6 +124,27 @@ def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigurationError: a key or value is wrong; the line names it.
     """
     return parse_train(["--config", str(file), "--run_dir", ".", *overrides]).config
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what PyYAML takes for text and jsonargparse for a number, as a folder called 1e3."""
+
+
+def _represent(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    style = "'" if _EXPONENT.fullmatch(value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+
+_Dumper.add_representer(str, _represent)
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """A configuration as `read_config` takes it again.
+
+    Args:
+        tree: of `Config.to_dict`.
+    """
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def refuse_passwords(words: Sequence[str]) -> None:
@@ -185,11 +208,13 @@ def _check_file(path: Path) -> None:
         raise ConfigurationError(f"the configuration {path} is not valid YAML: {where}") from None
     if not isinstance(content, dict):
         raise ConfigurationError(f"the configuration {path} holds no keys")
-    for key in flatten({str(key): value for key, value in content.items()}):
+    for key, value in flatten({str(key): value for key, value in content.items()}).items():
         if key in _SECTIONS:
             raise ConfigurationError(f"{path}: {key} is a section: it holds keys, not a value")
         if key not in _KEYS:
             raise _unknown(key, f"in {path}")
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ConfigurationError(f"{path}: {key} is too large a number")
 
 
 def _load(path: Path) -> Any:

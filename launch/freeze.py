@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 import agrivision
 from agrivision.commit import FILE as COMMIT
 from agrivision.commit import commit
 from agrivision.errors import BadInput
 from agrivision.locks import FileLock, Patience
-from agrivision.options import parse_train, refuse_passwords
+from agrivision.options import parse_train, refuse_passwords, to_yaml
 from agrivision.part import never
 from agrivision.storage import (
     make_private,
@@ -199,8 +197,7 @@ def freeze_train(arguments: Sequence[str]) -> tuple[JobDirectory, Path, tuple[st
     job.make()
     tree = options.config.to_dict()
     tree["data"]["path"] = _absolute(tree["data"]["path"])
-    text = yaml.safe_dump(tree, sort_keys=False)
-    write_atomically(job.config, text.encode())
+    write_atomically(job.config, to_yaml(tree).encode())
     command = ["train", "--config", str(job.config), "--run_dir", str(run_dir)]
     if options.resume_with_changes:
         command.append("--resume_with_changes")

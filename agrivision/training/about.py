@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from agrivision.config import Config, flatten
 from agrivision.data.schema import Schema, Split
 from agrivision.model.losses import parts
 from agrivision.monitor import summaries
+from agrivision.options import to_yaml
 from agrivision.rundir import RunDirectory
 from agrivision.training import provenance
 
@@ -86,7 +85,7 @@ class About:
             if not key.startswith(_NO_HYPERPARAMETERS)
         }
         by_class = {f"iou/{name}": f"IoU {name}" for name in self.schema.classes}
-        config = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        config = to_yaml(self.config.to_dict())
         found = [
             summaries.text("config", f"```yaml\n{config}```"),
             summaries.text("data_set", self._data_set()),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
 from agrivision.config import Config
@@ -27,6 +26,7 @@ from agrivision.errors import (
 from agrivision.model.build import build_model
 from agrivision.model.losses import LabelSetLoss, class_weights
 from agrivision.monitor.log import configure_log
+from agrivision.options import to_yaml
 from agrivision.rundir import RunDirectory
 from agrivision.storage import write_atomically
 from agrivision.training import provenance
@@ -252,8 +252,7 @@ def _total_steps(config: Config, order: Order, progress: Progress) -> int:
 def _write_about(setting: Setting, step: int) -> None:
     setting.still_ours()
     config, run, ranks, device = setting.config, setting.run, setting.ranks, setting.device
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_atomically(run.config, text.encode())
+    write_atomically(run.config, to_yaml(config.to_dict()).encode())
     attempt = provenance.describe(ranks.world, device, setting.data.schema.fingerprint, step)
     provenance.add_attempt(run, attempt)
     log.info(

@@ -81,7 +81,7 @@ def config_file(folder: Path) -> Target:
             expected = Config().to_dict()
             _overlay(expected, yaml.safe_load(data))
             assert _same(flatten(config.to_dict()), flatten(expected))
-            path.write_text(yaml.safe_dump(config.to_dict()))
+            path.write_text(module.to_yaml(config.to_dict()))
             assert module.read_config(path) == config
 
     return Target(seeds=seeds, run=run, mutate=_mutate)

@@ -42,7 +42,7 @@ from agrivision.fence import read_owner
 from agrivision.inference.journal import read_records
 from agrivision.json_values import parse
 from agrivision.monitor.metrics import keep_steps
-from agrivision.options import parse_train, read_config
+from agrivision.options import parse_train, read_config, to_yaml
 from agrivision.rundir import RunDirectory
 from launch.jobdir import JobDirectory, JobSpec
 from tests.fuzz import checkpoints, pngs, schema, tiff
@@ -183,8 +183,21 @@ def test_a_jpeg_that_says_it_is_huge_is_refused(memory):
 def test_an_integer_of_hundreds_of_digits_is_refused(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"optimizer: {{lr: 1{'0' * 400}}}\n")
-    with pytest.raises(ConfigurationError, match="too large"):
+    with pytest.raises(ConfigurationError, match=r"config.yaml: optimizer.lr is too large a number"):
         read_config(path)
+    path.write_text("seed: 1\n")
+    with pytest.raises(ConfigurationError, match="command line is too large"):
+        read_config(path, ["--optimizer.lr", f"1{'0' * 400}"])
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "1.5E-3", "-2_0e+1", "1e3x", "null", "true", "2024-01-01", "0x1", "7"]
+)
+def test_a_folder_of_any_name_is_the_same_when_it_is_read_again(name, tmp_path):
+    path = tmp_path / "config.yaml"
+    config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path=name))
+    path.write_text(to_yaml(config.to_dict()))
+    assert read_config(path) == config
 
 
 @pytest.mark.parametrize("name", [b"of_the_band", b"of_the_system"])
