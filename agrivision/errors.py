@@ -28,8 +28,7 @@ _LONGEST = 2000  # characters of a line; what is wrong may come from a file of a
 
 def one_line(text: str) -> str:
     """The same as one line that any terminal can show: no line breaks, no escapes, not too long."""
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " if c in "\n\r\t" else ascii(c)[1:-1] for c in text)
+    text = _as_codes(re.sub(r"[\n\r\t]", " ", text))
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
 
@@ -39,8 +38,13 @@ def harmless(text: str) -> str:
 
     Names of files, and what stands in them, are strangers' words.
     """
-    lines = text.replace("\r\n", "\n").replace("\r", "\n")
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in lines)
+    return _as_codes(re.sub(r"\r\n?", "\n", text), kept="\n\t")
+
+
+def _as_codes(text: str, kept: str = "") -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 class AgrivisionError(Exception):

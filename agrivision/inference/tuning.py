@@ -48,6 +48,7 @@ from agrivision.monitor.log import configure_log
 from agrivision.monitor.progress import progress
 from agrivision.ownership import require_own
 from agrivision.part import Stop, never
+from agrivision.phase import phase
 from agrivision.storage import storage_error
 from agrivision.watchdog import Watchdog
 from agrivision.world import World
@@ -173,8 +174,9 @@ def tune(
                 raise Busy(f"another process chooses the post-processing of {folder}: wait for it")
             work = _Work(subject, ranks, spill, kind, stop)
             work.record(how, spread=FACTORS[-1] / FACTORS[0] if factors else 1.0)
-            found = work.choose(factors=factors, areas=areas)
-            tables = work.judge(found)
+            with phase("choose"):
+                found = work.choose(factors=factors, areas=areas)
+                tables = work.judge(found)
             return _result(subject, how, kind, found, tables) if world.is_main else None
 
 

@@ -99,7 +99,7 @@ def test_a_rank_that_hangs_while_it_chooses(trained: Path, dataset: Path) -> Non
     endings = hear(["tune", trained, "--data", dataset, *MINUTES], 2, hook=hangs_in_a_choice)
     assert [ending.code for ending in endings] == [ExitCode.FAILED] * 2, endings
     (line,) = stalls(endings)
-    assert line.startswith("rank 1 on ")
+    assert re.match(r"rank 1 on \S+ \(process \d+\) has been in 'choose' for \d+ s", line)
     assert any("in dead_disk" in line for line in endings[1].err), endings[1]
     assert not (trained / "postprocessing.json").exists()
 

@@ -77,19 +77,19 @@ def graph(folder: Path) -> Target:
     (name,) = (each for each in files if each.endswith(_GRAPH))
     content = json.loads(files[name])
     module = content["graph_module"]
-    pieces = [module["signature"], *module["graph"]["nodes"]]
-    for node in pieces[1:]:
+    pieces = [*module["graph"]["nodes"], module["signature"]]  # in the order in which they stand there
+    for node in pieces[:-1]:
         node["metadata"] = {}  # where each step came from: most of the text, and not looked at
     seeds = tuple(f"{place}\n{json.dumps(piece)}".encode() for place, piece in enumerate(pieces))
     # The rest is written once, with a mark where each piece belongs.
     module["signature"] = _MARK
     module["graph"]["nodes"] = [_MARK] * (len(pieces) - 1)
     frame = json.dumps(content).encode().split(json.dumps(_MARK).encode())
-    in_order = seeds[1:] + seeds[:1] if frame[0].count(b'"nodes"') else seeds
+    assert frame[0].endswith(b'"nodes": [') and frame[-2].endswith(b'"signature": ')
 
     def run(data: bytes) -> None:
         changed = data.partition(b"\n")
-        texts = [seed.partition(b"\n") for seed in in_order]
+        texts = [seed.partition(b"\n") for seed in seeds]
         filled = [changed[2] if each[0] == changed[0] else each[2] for each in texts]
         whole = b"".join(piece for pair in zip(frame, [*filled, b""], strict=True) for piece in pair)
         packed = io.BytesIO()

@@ -100,7 +100,7 @@ def check(path: Path) -> None:
             _check_plain(path, source)
 
 
-def check_tags(path: Path, dataset: Any) -> None:
+def check_opened(path: Path, dataset: Any) -> None:
     """Refuse an open raster that keeps overviews in another file, or pixels in another folder.
 
     Raises:
@@ -155,7 +155,7 @@ def _check_sidecar(path: Path) -> None:
     rasterio = geodata()
     try:
         with rasterio.open(path.absolute(), driver="GTiff") as dataset:
-            check_tags(path, dataset)
+            check_opened(path, dataset)
     except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise Flaw(path, "elsewhere", f"cannot be read ({reason}): {remedy}") from None
@@ -174,7 +174,7 @@ def _check_plain(vrt: Path, source: Path) -> None:
     rasterio = geodata()
     try:
         with rasterio.open(source, driver=DRIVERS[source.suffix.lower()]) as dataset:
-            check_tags(source, dataset)
+            check_opened(source, dataset)
     except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise Flaw(vrt, "elsewhere", f"its source {source} cannot be read ({reason})") from None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from agrivision.data.labels import VALID_BIT, Labels
 from agrivision.data.parts import coordinates_of, encode_tiff, geodata
 from agrivision.data.schema import Part
-from agrivision.data.sources.guard import DRIVERS, VRT, check, check_tags, files_of
+from agrivision.data.sources.guard import DRIVERS, VRT, check, check_opened, files_of
 from agrivision.data.sources.header import check_header
 from agrivision.data.sources.pairs import Pair
 from agrivision.data.sources.source import Flaw, Read, Reference, Window
@@ -151,7 +151,7 @@ def opened(path: Path) -> Iterator[Any]:
     suffix = path.suffix.lower()
     driver = "VRT" if suffix == VRT else DRIVERS[suffix]
     with attempt(path, lambda: rasterio.open(path.absolute(), driver=driver)) as dataset:
-        attempt(path, lambda: check_tags(path, dataset))
+        attempt(path, lambda: check_opened(path, dataset))
         attempt(path, lambda: dataset.descriptions)
         check_header(path, dataset)
         yield dataset
