@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -240,15 +241,20 @@ def _load(path: Path) -> Any:
             values.add(event.anchor)
         if isinstance(event, yaml.AliasEvent) and event.anchor not in values:
             raise ValueError(f"*{event.anchor} stands for more than a value: write it out")
-    _check_keys(yaml.compose(content, yaml.SafeLoader))
-    return yaml.safe_load(content)
+    loader = _FAST(content)  # jsonargparse reads with the same one
+    try:
+        node = loader.get_single_node()
+        _check_keys(node)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _check_keys(node: yaml.Node | None) -> None:
     """Refuse a key that stands twice: YAML would take the later value in silence."""
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [key for key in keys if keys.count(key) > 1]
+        twice = [key for key, times in Counter(keys).items() if times > 1]
         if len(keys) < len(node.value) or twice:
             raise ValueError(f"the key {twice[0]} stands twice" if twice else "a key is no word")
         for _, value in node.value:
