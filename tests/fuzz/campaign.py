@@ -7,9 +7,9 @@ are kept, with the command that tries them again:
 
     python -m tests.fuzz.campaign --target NAME --again FILE
 
-A finding is whatever is neither the right result nor a refusal in one line; an input that takes longer
-than five seconds, or more than a gigabyte of memory; a process that dies; memory or open files that
-grow.
+A finding is whatever is neither the right result nor a refusal in one line; an input that takes more
+than five seconds of computing, a minute of waiting or a gigabyte of memory; a process that dies; memory
+or open files that grow.
 """
 
 from __future__ import annotations

