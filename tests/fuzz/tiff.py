@@ -108,6 +108,8 @@ def _decode(content: bytes) -> np.ndarray | None:
         return None
     dtype = np.dtype(f"{order}{ {1: 'u', 2: 'i', 3: 'f'}[kinds.pop()] }{bits.pop() // 8}")
     tiled = _TILES in tags
+    if not tiled and tags.keys() & {_TILE_WIDTH, _TILE_HEIGHT}:
+        return None  # strips to us, tiles to libtiff
     block_width = tags[_TILE_WIDTH][0] if tiled else width
     block_height = tags[_TILE_HEIGHT][0] if tiled else min(tags.get(_ROWS, (height,))[0], height)
     starts, counts = tags[_TILES if tiled else _STRIPS], tags[_TILE_COUNTS if tiled else _COUNTS]
