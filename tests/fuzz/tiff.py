@@ -104,7 +104,7 @@ def _decode(content: bytes) -> np.ndarray | None:
     if width * height * bands > 1 << 20 or tags.get(_PLANAR, (1,))[0] != 1:
         return None
     bits, kinds = set(tags[_BITS]), set(tags.get(_FORMAT, (1,)))
-    if len(bits) != 1 or len(kinds) != 1:
+    if len(bits) != 1 or len(kinds) != 1 or not bits <= {8, 16, 32, 64}:
         return None
     dtype = np.dtype(f"{order}{ {1: 'u', 2: 'i', 3: 'f'}[kinds.pop()] }{bits.pop() // 8}")
     tiled = _TILES in tags
