@@ -84,10 +84,13 @@ def overflows(content: bytes) -> bool:
 
 
 def _exceeds(piece: bytes, room: int) -> bool:
-    """Whether a deflate stream holds more than that many bytes, as far as it can be read."""
+    """Whether a deflate stream holds more than that many bytes, as far as it can be read.
+
+    libdeflate takes the last four bytes for the checksum, and reads on a bit as if zeros stood there.
+    """
     unpack, size = zlib.decompressobj(), 0
     with suppress(zlib.error):
-        for byte in piece:
+        for byte in piece[:-4] + bytes(8):
             size += len(unpack.decompress(bytes([byte])))
             if size > room:
                 return True
