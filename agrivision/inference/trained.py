@@ -18,7 +18,7 @@ from agrivision.config import ModelConfig
 from agrivision.data.indices import places
 from agrivision.data.normalise import Normaliser, Scope
 from agrivision.data.schema import Schema
-from agrivision.errors import AgrivisionError, BadInput, CheckpointError
+from agrivision.errors import AgrivisionError, BadInput, CheckpointError, ConfigurationError
 from agrivision.json_values import entries, share
 from agrivision.model.build import build_model
 from agrivision.model.padding import dense_logits
@@ -326,13 +326,15 @@ def with_weights(
     """The network of a description with these weights, ready to predict.
 
     Raises:
-        ConfigurationError: its encoder is not installed.
-        ValueError: the weights are not its own.
+        ValueError: the weights are not its own, or its encoder is not there.
     """
     how = description.model, description.channels, len(description.classes)
     # Names and shapes are compared before memory is taken for what is only claimed.
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in build_model(*how).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            wanted = {name: tensor.shape for name, tensor in build_model(*how).state_dict().items()}
+    except ConfigurationError as error:  # the caller says which file it is that wants such an encoder
+        raise ValueError(str(error)) from None
     if wanted != {name: tensor.shape for name, tensor in weights.items()}:
         raise ValueError("its weights are not those of the network that it describes")
     module = build_model(*how)

@@ -718,6 +718,24 @@ def test_weights_of_another_network_are_refused(
     assert "not those of the network" in refused(path)
 
 
+def test_an_encoder_that_is_not_there_is_named_with_its_file(
+    exported: Callable[[Form], Path], tmp_path: Path
+) -> None:
+    trained = make_run(tmp_path / "run")
+    pytest.importorskip("timm")
+    description = dataclasses.replace(
+        trained.description, model=dataclasses.replace(trained.description.model, encoder="resnet_34")
+    )
+    states = {"model": trained.module.state_dict(), "description": description.to_dict()}
+    folder = checkpoint.save(tmp_path / "other", states, step=7, epoch=1)
+    about = dataclasses.replace(About.of(trained), description=description).to_text()
+    file = say("safetensors", exported("safetensors"), tmp_path / "x.safetensors", about)
+    for path in (folder, file):
+        with pytest.raises(CheckpointError, match="timm has no model 'resnet_34'") as refusal:
+            load_model(path, "cpu")
+        assert str(path) in str(refusal.value)
+
+
 # Every network that can be trained; torch takes its time to trace one.
 
 NETWORKS = [
