@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import time
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz import worker
 from tests.fuzz.targets import TARGETS
 
 _EXAMPLES = {"config-file": 12, "command-line": 12, "zip": 60, "scene": 40, "label-raster": 40}
@@ -33,3 +38,27 @@ def test_a_reader_is_right_or_refuses(target):
         made.run(made.mutate(made.seeds, program))
 
     try_some()
+
+
+def test_what_computes_for_too_long_is_a_hang(tmp_path, monkeypatch):
+    """And what a busy machine lets wait is none."""
+    monkeypatch.setattr(worker, "SECONDS", 0.2)
+    before = signal.signal(signal.SIGPROF, worker._hang)
+
+    def run(data: bytes) -> None:
+        if data == b"waits":
+            time.sleep(0.5)
+        while data == b"computes":
+            pass
+
+    try:
+        trial = worker.Trial(run, 3, tmp_path)
+        for data in (b"waits", b"computes", b"fine"):
+            trial(data)
+    finally:
+        signal.signal(signal.SIGPROF, before)
+    trial.report()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["inputs"] == 3 and list(report["findings"].values()) == [1]
+    assert (tmp_path / "finding-0").read_bytes() == b"computes"
+    assert "Hang: more than 0.2 seconds" in (tmp_path / "finding-0.txt").read_text()

@@ -152,7 +152,7 @@ def opened(path: Path) -> Iterator[Any]:
     driver = "VRT" if suffix == VRT else DRIVERS[suffix]
     with attempt(path, lambda: rasterio.open(path.absolute(), driver=driver)) as dataset:
         attempt(path, lambda: check_opened(path, dataset))
-        attempt(path, lambda: dataset.descriptions)
+        attempt(path, lambda: dataset.descriptions)  # read when asked for: what is no text, now
         check_header(path, dataset)
         yield dataset
 
