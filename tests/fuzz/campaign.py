@@ -98,11 +98,14 @@ def attack(target: str, engine: str, inputs: int, seed: int, folder: Path) -> Ou
 def _run(target: str, engine: str, inputs: int, seed: int, folder: Path) -> int:
     """The exit code; negative where a signal ended it, our own if nothing went on any more."""
     command = [sys.executable, "-m", "tests.fuzz.worker", target, engine, str(inputs), str(seed)]
+    return _watched([*command, str(folder)], folder)
+
+
+def _watched(command: Sequence[str], folder: Path) -> int:
+    """The exit code of a process that puts each input into FOLDER/now, and is ended if none follows."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     with (folder / "output").open("wb") as output:
-        process = subprocess.Popen(
-            [*command, str(folder)], stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         last, since = b"", time.monotonic()
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+import textwrap
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import worker
+from tests.fuzz import campaign, worker
 from tests.fuzz.targets import TARGETS
 
 _EXAMPLES = {"config-file": 12, "command-line": 12, "zip": 60, "scene": 40, "label-raster": 40}
@@ -62,3 +64,29 @@ def test_what_computes_for_too_long_is_a_hang(tmp_path, monkeypatch):
     assert report["inputs"] == 3 and list(report["findings"].values()) == [1]
     assert (tmp_path / "finding-0").read_bytes() == b"computes"
     assert "Hang: more than 0.2 seconds" in (tmp_path / "finding-0.txt").read_text()
+
+
+def test_what_waits_for_too_long_is_ended_and_its_input_kept(tmp_path, monkeypatch):
+    """Native code that hangs: no alarm of Python's ends it, another process does."""
+    monkeypatch.setattr(campaign, "_STUCK_SECONDS", 1.0)
+    program = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from tests.fuzz.worker import Trial
+
+        def run(data):
+            time.sleep(600 if data == b"waits" else 0.1)
+
+        trial = Trial(run, 100, Path(sys.argv[1]))
+        for data in [b"fine"] * 15 + [b"waits", b"never tried"]:
+            trial(data)
+    """)
+    begin = time.monotonic()
+    code = campaign._watched([sys.executable, "-c", program, str(tmp_path)], tmp_path)
+    assert code == -signal.SIGABRT and time.monotonic() - begin < 300
+    outcome = campaign.Outcome("target", "engine")
+    campaign._read_report(outcome, tmp_path, code)
+    assert outcome.inputs == 15
+    assert list(outcome.findings.values()) == [1] and "ended with -6" in next(iter(outcome.findings))
+    assert (tmp_path / "finding-last").read_bytes() == b"waits"
+    assert " in run\n" in (tmp_path / "output").read_text()  # where it was
