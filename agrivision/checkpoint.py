@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from safetensors import SafetensorError
 
 from agrivision import json_values, tensor_file
 from agrivision.errors import AgrivisionError, CheckpointError, StorageError
+from agrivision.reading import open_plain
 from agrivision.rundir import checkpoint_step
 from agrivision.storage import make_private, remove_tree, storage_error, sync_folder, sync_tree
 
@@ -309,13 +309,10 @@ def _opened(path: Path, least: int, most: int) -> Iterator[BufferedReader]:
         CheckpointError: it cannot be read, is no plain file, or has another size.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"cannot read {path}: it is no plain file")
-            if not least <= status.st_size <= most:
-                raise CheckpointError(f"{path} has {status.st_size} bytes instead of {most}")
+        with open_plain(path, follow=False) as file:
+            size = os.fstat(file.fileno()).st_size
+            if not least <= size <= most:
+                raise CheckpointError(f"{path} has {size} bytes instead of {most}")
             yield file
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

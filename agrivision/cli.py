@@ -50,6 +50,9 @@ _COMMANDS = {
 }
 _COMMANDS["completion"] = completion(_COMMANDS)
 
+_OUT_OF_MEMORY = "out of memory: use smaller batches, crops or tiles, fewer channels, or fewer workers"
+_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate"  # torch says so in a plain RuntimeError
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -71,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(line, ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         return _complain("interrupted", ExitCode.FAILED)
-    except MemoryError:
-        return _complain("out of memory: use smaller batches or fewer workers", ExitCode.HOPELESS)
     except Exception as error:
+        if isinstance(error, MemoryError) or _CPU_ALLOCATOR in str(error):
+            return _complain(_OUT_OF_MEMORY, ExitCode.HOPELESS)
         if type(error).__name__ == "OutOfMemoryError":  # torch's; naming the class would import torch
             line = "out of GPU memory: use smaller batches or crops, or training.micro_batch_size"
             return _complain(line, ExitCode.HOPELESS)

@@ -24,6 +24,7 @@ import yaml
 
 from agrivision.config import Config, flatten
 from agrivision.errors import BadInput, ConfigurationError, without_passwords
+from agrivision.reading import read_plain
 
 _KEYS = flatten(Config().to_dict())
 _MOST_BYTES = 1 << 16  # of a configuration; all of its keys take some 3 kB
@@ -192,7 +193,10 @@ def _check_flags(arguments: Sequence[str], own: set[str]) -> None:
     for argument in arguments:
         if argument.startswith("--") and len(argument) > 2:
             key = argument[2:].partition("=")[0]
-            known = key in _KEYS or key in _SECTIONS or key in _OTHERS or f"--{key}" in own
+            if key in _SECTIONS:  # jsonargparse would read another file, at which nobody has looked
+                first = next(name for name in _KEYS if name.startswith(f"{key}."))
+                raise BadInput(f"--{key} is a section: give its keys, as --{first}")
+            known = key in _KEYS or key in _OTHERS or f"--{key}" in own
             if not known:
                 raise _unknown(key, "on the command line", own)
 
@@ -227,10 +231,11 @@ def _load(path: Path) -> Any:
             twice, or an alias of more than a single value, with which a few lines can stand for
             billions.
     """
-    with path.open("rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    try:
+        # The parser would take UTF-16 as well, and jsonargparse, which reads the file again, not.
+        content = read_plain(path, _MOST_BYTES).decode()
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text: save it as that") from None
     depth, values = 0, set()
     for event in yaml.parse(content, _FAST):
         depth += isinstance(event, yaml.CollectionStartEvent)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agrivision.errors import Untrusted
+from agrivision.reading import open_plain
 
 _ROOT = 0
 _OTHERS_MAY_WRITE = 0o022
@@ -98,12 +99,12 @@ def read_own(path: Path) -> bytes:
 
     Raises:
         Untrusted: somebody did, or may.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no plain file.
     """
     link = path.lstat()
     if stat.S_ISLNK(link.st_mode):
         _require_owner(path, link)
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         _require(path, os.fstat(file.fileno()))  # of what is read, whatever the name leads to by now
         return file.read()
 

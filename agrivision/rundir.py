@@ -18,6 +18,7 @@ from agrivision.errors import RunMismatch
 from agrivision.fence import Fence, Owner, read_owner
 from agrivision.json_values import entries, parse, share, text, whole
 from agrivision.ownership import require_own_entries
+from agrivision.reading import open_plain
 from agrivision.storage import make_private, storage_error
 from agrivision.world import World
 
@@ -113,7 +114,7 @@ class RunDirectory:
             OSError: the file is there and cannot be read.
         """
         word = f'"{kind}"'.encode()
-        with suppress(FileNotFoundError), self.metrics.open("rb") as file:
+        with suppress(FileNotFoundError), open_plain(self.metrics) as file:
             for line in file:
                 if word in line:
                     with suppress(ValueError):

@@ -33,6 +33,7 @@ from agrivision.json_values import entries, parse, whole
 from agrivision.json_values import number as any_number
 from agrivision.monitor.progress import clock_time
 from agrivision.options import read_config
+from agrivision.reading import open_plain
 from agrivision.rundir import RunDirectory, best_step
 from launch.find import Found, find, jobs_of, last_submission, tasks
 from launch.jobdir import Attempt, JobDirectory
@@ -391,7 +392,7 @@ def steps_of(config: Config, schema: Schema) -> int:
 def _last_row(metrics: Path) -> dict[str, Any]:
     """The last row on training; empty before there is one."""
     try:
-        with metrics.open("rb") as file:
+        with open_plain(metrics) as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:

@@ -315,6 +315,7 @@ class _Task:
         stop: Stop,
     ) -> _Task:
         source = open_source(source_path, options)
+        _check_used(source_path, source, options)
         return cls(
             source=source,
             jobs=plan(source, options),
@@ -414,6 +415,27 @@ def open_source(path: Path, options: PrepareOptions) -> Source:
             " labels, nor a .csv table with the columns scene and label"
         )
     return uncompressed(source) if options.raw else source
+
+
+# Options that only one kind of source asks for; what such a one holds does not change it.
+_OF_RASTERS = ("tile", "stride", "classes", "bands", "ignore", "allow_vrt")
+_OF_MASKS = ("edition", "assume_valid")
+
+
+def _check_used(path: Path, source: Source, options: PrepareOptions) -> None:
+    """Refuse options that would do nothing, so that nobody takes them for done.
+
+    Raises:
+        SourceError: there is such a one.
+    """
+    usual, of_rasters = PrepareOptions(), source.kind == "rasters"
+    idle = [*(_OF_MASKS if of_rasters else _OF_RASTERS)]
+    if UNDIVIDED not in source.splits:
+        idle.append("val_fraction")
+    given = [f"--{name}" for name in idle if getattr(options, name) != getattr(usual, name)]
+    if given:
+        kind = "scenes and labels" if of_rasters else "an Agriculture-Vision folder"
+        raise SourceError(f"{path} is {kind}: leave out {', '.join(given)}, which would do nothing")
 
 
 def _look(path: Path, options: PrepareOptions) -> Source | None:

@@ -18,6 +18,7 @@ from agrivision.data.parts import TIFF, geodata, kind_of
 from agrivision.data.schema import Part
 from agrivision.errors import DatasetError
 from agrivision.json_values import parse
+from agrivision.reading import read_plain
 from agrivision.storage import write_atomically
 
 FILE_NAME = "prepared.json"
@@ -51,8 +52,7 @@ def read_recipe(folder: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
     """
     path = folder / FILE_NAME
     try:
-        with path.open("rb") as file:
-            content = parse(file.read(_MOST_BYTES))
+        content = parse(read_plain(path, _MOST_BYTES))
         if (content["format"], content["version"]) != (_FORMAT, _VERSION):
             raise ValueError("it is of another format or version")
         return dict(content["options"]), {str(k): str(v) for k, v in content["made_with"].items()}

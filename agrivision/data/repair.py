@@ -137,7 +137,9 @@ def repair(
                 place=place,
                 versions=None if known is None else known[1],
             )
-            task.make(task.jobs(damaged), report, stop)
+            jobs = task.jobs(damaged)
+            report.total(_count(schema) + sum(len(job.references) for job in jobs))
+            task.make(jobs, report, stop)
             _replace(place, damaged)
     return RepairSummary(
         dataset=dataset,
@@ -148,12 +150,17 @@ def repair(
 
 
 def _look(dataset: Path, schema: Schema, report: Report, stop: Stop) -> list[Finding]:
-    report.total(sum(split.tiles for split in schema.splits.values()))
+    report.total(_count(schema))
     found = []
     for finding in find_damage(dataset, schema, report, stop=stop):
         report.problem(finding.path, finding.what)
         found.append(finding)
     return found
+
+
+def _count(schema: Schema) -> int:
+    """Tiles of a data set."""
+    return sum(split.tiles for split in schema.splits.values())
 
 
 @dataclass(frozen=True, kw_only=True)

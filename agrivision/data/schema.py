@@ -14,6 +14,7 @@ import numpy as np
 from agrivision.data.labels import MAX_CLASSES, VALID_BIT
 from agrivision.errors import DatasetError
 from agrivision.json_values import entries, flag, items, label, name, number, parse, texts, whole
+from agrivision.reading import read_plain
 from agrivision.storage import write_atomically
 
 FILE_NAME = "dataset.json"
@@ -216,7 +217,7 @@ class Schema:
         """
         path = folder / FILE_NAME
         try:
-            content = parse(_read(path))
+            content = parse(read_plain(path, _MOST_BYTES))
         except FileNotFoundError:
             hint = _hint(folder)
             raise DatasetError(f"no {FILE_NAME} in {folder}: {hint}") from None
@@ -233,7 +234,10 @@ class Schema:
         except (KeyError, TypeError, ValueError, DatasetError) as error:
             raise DatasetError(f"{path} is damaged: {type(error).__name__} {error}") from None
         if schema.fingerprint != content.get("fingerprint"):
-            raise DatasetError(f"{path} was changed after it was written: its fingerprint differs")
+            raise DatasetError(
+                f"{path} was changed after it was written: its fingerprint differs;"
+                " copy it again, or prepare the data set anew"
+            )
         try:
             _check(schema)
         except ValueError as error:
@@ -247,14 +251,6 @@ def _hint(folder: Path) -> str:
     if folder.is_dir():
         return "make a data set of it with `agrivision prepare`"
     return "there is no such folder"
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-    return content
 
 
 def _parse(cls: type[Schema], content: dict[str, Any]) -> Schema:

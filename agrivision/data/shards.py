@@ -20,7 +20,6 @@ import errno
 import io
 import os
 import resource
-import stat
 import tarfile
 import threading
 import tokenize
@@ -40,6 +39,7 @@ from numpy.typing import NDArray
 from agrivision.data.pages import paged
 from agrivision.data.schema import Schema, ShardInfo
 from agrivision.errors import DatasetError
+from agrivision.reading import plain_descriptor
 from agrivision.storage import replacing
 
 LABELS = "labels.zst"
@@ -55,7 +55,15 @@ _MOST_OPEN = 256  # shards that a reader keeps open, where the process may open 
 # numpy parses an array's header with `ast`, which in Python 3.11 fails now and then if two threads do
 # it at once (SystemError: AST constructor recursion depth mismatch).
 _HEADER = threading.Lock()
-_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+_LASTING = {
+    errno.EINVAL,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+}
 _IN_KEYS = np.zeros(256, np.bool_)
 _IN_KEYS[[*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"]] = True
 _COLUMNS = ("key", "field", "checksum", "offsets", "sizes", "pixels")
@@ -336,15 +344,10 @@ def _open(folder: Path, info: ShardInfo) -> _Opened:
 
 
 def _open_file(path: Path) -> IO[bytes]:
-    """Open a plain file; a pipe without a writer would keep us waiting for good."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        file = os.fdopen(descriptor, "rb", buffering=0)
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise DatasetError(f"{path} is no file")
+        return os.fdopen(plain_descriptor(path), "rb", buffering=0)
     except OSError as error:
         raise _refusal(f"cannot open {path}", error) from None
-    return file
 
 
 def _read_index(folder: Path, info: ShardInfo, files: int, most: int) -> NDArray[np.void]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ import yaml
 
 from agrivision.doctor.run_folder import CHECKPOINT
 from agrivision.json_values import entries, number, parse
+from agrivision.reading import open_plain, read_plain
 from agrivision.rundir import RunDirectory
 
 _STEP_SECONDS = 2.0  # of a large batch on one GPU; a step on processors may take longer
 _WRITTEN = 50e6  # bytes a second where it was not measured
 _MARGIN = 1.5  # as the training itself takes: the next one may be slower than any before
 _SAVED = re.compile(r"step \d+ saved in (\d+\.\d+) s")
+_MOST_CONFIG = 1 << 16  # bytes
 _MOST_LOG = 4 << 20  # bytes of its end
 _MOST_LINE = 1 << 20  # bytes of a row; what is longer is no row
 
@@ -61,9 +64,10 @@ def pace_of(run_dir: Path | None, written: float | None) -> Pace:
 
 def _of_run(run: RunDirectory) -> Pace | None:
     try:
-        batch = number(entries(entries(yaml.safe_load(run.config.read_bytes()))["data"])["batch_size"])
+        config = entries(yaml.safe_load(read_plain(run.config, _MOST_CONFIG)))
+        batch = number(entries(config["data"])["batch_size"])
         steps, saves = _rows(run.metrics, batch)
-    except (OSError, ValueError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, RecursionError, yaml.YAMLError):
         return None
     saves = saves or list(_logged_saves(run.log / "rank-0.log"))
     if not saves or not steps:
@@ -88,7 +92,7 @@ def _rows(metrics: Path, batch: float) -> tuple[list[float], list[float]]:
     mixed: list[float] = []
     saves: list[float] = []
     evaluated = False
-    with metrics.open("rb") as file:
+    with open_plain(metrics) as file:
         while line := file.readline(_MOST_LINE):
             try:
                 row = entries(parse(line))
@@ -108,8 +112,8 @@ def _rows(metrics: Path, batch: float) -> tuple[list[float], list[float]]:
 def _logged_saves(log: Path) -> Iterator[float]:
     """Seconds of each save, by the log of a run whose rows do not tell of saves."""
     try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _MOST_LOG))
+        with open_plain(log) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_LOG))
             text = file.read().decode(errors="replace")
     except OSError:
         return

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 
 from agrivision.data.labels import decompress_into
 from agrivision.data.schema import Schema
 from agrivision.data.shards import SplitReader
-from agrivision.data.sources.masks import NOT_WHOLE, png_chunks
+from agrivision.data.sources.masks import NOT_WHOLE, png_pixels
 from agrivision.errors import BadInput, DatasetError
 from agrivision.evaluation.confusion import Scores, confusion_matrix, scores
+from agrivision.reading import open_plain
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +90,12 @@ def _predictions(path: Path) -> Iterator[_Predictions]:
     if path.is_dir():
         yield _in_folder(path)
         return
-    try:
-        archive = zipfile.ZipFile(path)
-    except _ZIP_ERRORS as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"{path} is neither a folder nor a zip file of PNGs ({reason})") from None
-    with archive:
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(open_plain(path))))
+        except _ZIP_ERRORS as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadInput(f"{path} is neither a folder nor a zip file of PNGs ({reason})") from None
         yield _in_zip(path, archive)
 
 
@@ -106,7 +105,7 @@ def _in_folder(folder: Path) -> _Predictions:
 
     def read(key: str, limit: int) -> bytes:
         try:
-            with (folder / names[key]).open("rb") as file:
+            with open_plain(folder / names[key]) as file:
                 return file.read(limit)
         except OSError as error:
             raise _Reading(error.strerror or str(error)) from None
@@ -213,10 +212,9 @@ def _decode(content: bytes, side: int) -> NDArray[np.uint8]:
     if (width, height) != (side, side):
         raise _Reading(f"it has {width} x {height} pixels, but the tile has {side} x {side}")
     try:
-        png_chunks(content)  # the checksums, which decoding alone passes over
-        with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
-            return np.array(image)
-    except NOT_WHOLE as error:
+        pixels: NDArray[np.uint8] = png_pixels(content, (side, side))
+        return pixels
+    except (DatasetError, *NOT_WHOLE) as error:
         raise _Reading(f"it is not a whole PNG ({error})") from None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from agrivision.data.schema import DTYPES, MAX_TILE
 from agrivision.errors import AgrivisionError, CheckpointError
 from agrivision.inference.trained import Description, TrainedModel
 from agrivision.json_values import entries, label, number, parse, shown, whole
+from agrivision.reading import open_plain
 
 KEY = "agrivision"  # of the entry in a file's metadata
 _FORMAT = "agrivision-export"
@@ -126,20 +126,17 @@ def _value(value: Any) -> int:
     return whole(value, -(2**63))
 
 
-def read_plain(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
     """The content of a plain file; of a pipe or a device nothing is read.
 
     Raises:
         CheckpointError: it is none, is too large or cannot be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"cannot read {path}: it is no plain file")
-            if status.st_size > _MOST_BYTES:
-                raise CheckpointError(f"{path} has {status.st_size} bytes: too large to be read")
-            return file.read(status.st_size)
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_BYTES:
+                raise CheckpointError(f"{path} has {size} bytes: too large to be read")
+            return file.read(size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

@@ -36,11 +36,13 @@ from agrivision.inference.onnx_network import need
 from agrivision.inference.scoring import check_fit
 from agrivision.inference.trained import Description, TrainedModel
 from agrivision.model.padding import dense_logits
+from agrivision.reading import read_plain
 from agrivision.rundir import RunDirectory
 from agrivision.storage import replacing, storage_error, write_atomically
 from agrivision.world import World
 
 BOUND = 1e-3  # of a probability: kernels add in another order, and nothing else may differ
+_MOST_CONFIG = 1 << 16  # bytes
 _MOST_ONNX_BYTES = (1 << 31) - 1  # protobuf's
 _CUT = (3, 5)  # rows and columns that are left out of a batch, so that no network halves its sides
 
@@ -234,9 +236,9 @@ def find_samples(trained: TrainedModel, data: Path | None, split: str | None, ti
 def _own_data(folder: Path) -> tuple[Path, str] | None:
     """The data set that a checkpoint's run names, and the split that it is scored on."""
     try:
-        content = yaml.safe_load(RunDirectory(folder.parent.parent).config.read_bytes())
+        content = yaml.safe_load(read_plain(RunDirectory(folder.parent.parent).config, _MOST_CONFIG))
         path, split = content["data"]["path"], content["data"].get("val_split", "val")
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(path, str) or not isinstance(split, str) or not Path(path).is_dir():
         return None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from agrivision import checkpoint
 from agrivision.errors import CheckpointError
-from agrivision.inference.about import KEY, About, read_plain
+from agrivision.inference.about import KEY, About, content_of
 from agrivision.inference.onnx_network import OnnxNetwork, read_onnx
 from agrivision.inference.program import Program, read_program
 from agrivision.inference.trained import TrainedModel, load_run, with_weights
@@ -77,7 +77,7 @@ def load_exported(path: Path, form: Form, device: str | torch.device | None = No
         BadInput: it needs a package that is not installed.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    content = read_plain(path)
+    content = content_of(path)
     try:
         trained = _READERS[form](path, content, chosen)
         _try_out(trained)

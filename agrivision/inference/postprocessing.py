@@ -27,6 +27,7 @@ from agrivision.inference.trained import TrainedModel
 from agrivision.json_values import entries, flag, items, label, number, parse, share, whole
 from agrivision.maps.legend import NODATA
 from agrivision.maps.specks import without_specks
+from agrivision.reading import read_plain
 from agrivision.storage import write_atomically
 
 FILE = "postprocessing.json"
@@ -221,14 +222,9 @@ class Chosen:
             BadInput: it is missing, damaged, or something else.
         """
         try:
-            with path.open("rb") as file:
-                content = file.read(_MOST_BYTES + 1)
+            return cls._parse(entries(parse(read_plain(path, _MOST_BYTES))))
         except OSError as error:
             raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
-        try:
-            if len(content) > _MOST_BYTES:
-                raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-            return cls._parse(entries(parse(content)))
         except (ValueError, KeyError, BadInput) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise BadInput(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ LIST = ".txt"  # suffix of a file that names inputs, one a line
 GEOPACKAGE = ".gpkg"
 _TILES = 8  # in one forward pass, where nobody says
 _SHOWN = 5
+# XML, in which GDAL describes a raster that it puts together, cannot hold them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +282,8 @@ def check_outputs(paths: Sequence[Path], out: Path, products: Products) -> None:
     """Check that every scene has a map of its own and that none takes the place of an input.
 
     Raises:
-        SourceError: two scenes have the same stem, or `out` is where the scenes are.
+        SourceError: two scenes have the same stem, one a name that no map can have, or `out` is where
+            the scenes are.
         NotWritable: a scene has a name of which no GeoPackage can be made.
     """
     inputs = {path.resolve() for path in paths}
@@ -287,6 +291,8 @@ def check_outputs(paths: Sequence[Path], out: Path, products: Products) -> None:
     for path in paths:
         if taken.get(f"{path.stem}.tif") == path:
             raise SourceError(f"{path} is given twice: leave one out")
+        if _CONTROL.search(path.stem):
+            raise SourceError(f"{path} has a control character in its name: rename it")
         for target in outputs(path, out, products):
             if target.suffix == GEOPACKAGE:
                 check_name(target)

@@ -28,6 +28,7 @@ from rasterio.errors import CRSError
 from agrivision.data.sources.source import Flaw, content_of
 from agrivision.errors import SourceError
 from agrivision.json_values import parse
+from agrivision.reading import open_plain
 
 FORMATS = {
     ".gpkg": ("GPKG", b"SQLite format 3\0"),
@@ -96,7 +97,7 @@ def _read_layer(
     if vsi_path(whole) != str(whole) or str(whole).startswith("/vsi"):
         raise SourceError(f"{path} is a name that GDAL does not take for a file's: rename it")
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             found = file.read(len(begin))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None

@@ -13,6 +13,7 @@ import numpy as np
 
 from agrivision.json_values import parse
 from agrivision.monitor.appended import Appended, close_after
+from agrivision.reading import open_plain
 from agrivision.storage import replacing, storage_error
 
 _COPY_BYTES = 1 << 20
@@ -115,7 +116,7 @@ def keep_steps(path: Path, last_step: int) -> int:
 def _first_to_drop(path: Path, last_step: int) -> int | None:
     """Where in the file the first row to drop begins, in bytes; None where there is none."""
     position = 0
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         for line in file:
             if not _stays(line, last_step):
                 return position

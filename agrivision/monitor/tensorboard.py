@@ -30,6 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from agrivision.monitor.appended import Appended, close_after
 from agrivision.monitor.pictures import Picture, encode
+from agrivision.reading import open_plain
 from agrivision.storage import detach, replacing, storage_error
 
 TEXT = "/text_summary"  # how the tags of texts end
@@ -262,7 +263,7 @@ def _keep_events_of_file(path: Path, goes: _Goes) -> _Findings:
 
 def _examine(path: Path, goes: _Goes) -> _Findings:
     findings, size = _Findings(), 0
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         for event, record in _records(file):
             size += len(record)
             if goes(event):

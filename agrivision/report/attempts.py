@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agrivision.json_values import entries, items, label, number, parse, whole
+from agrivision.reading import open_plain, read_plain
 from agrivision.rundir import RunDirectory
 
 FINISHED, RUNNING, INTERRUPTED, UNKNOWN = "finished", "running", "interrupted", "not known"
@@ -160,8 +161,7 @@ def _together(first: _Ending, second: _Ending) -> _Ending:
 def _provenance(path: Path) -> Iterator[Attempt]:
     """Beginnings; an entry that is none is passed over."""
     try:
-        with path.open("rb") as file:
-            written = items(entries(parse(file.read(_MOST_BYTES)))["attempts"])
+        written = items(entries(parse(read_plain(path, _MOST_BYTES)))["attempts"])
     except (OSError, ValueError, KeyError):
         return
     for entry in written:
@@ -265,7 +265,7 @@ def _ended(row: Mapping[str, Any], attempt: Attempt) -> _Ending:
 def _of_log(path: Path, known: Sequence[Attempt]) -> list[_Ending]:
     """What rank 0 said at the end of each attempt, where its log has as many as provenance.json."""
     found: list[tuple[bytes, bytes, _Ending]] = []  # stamps of the first and the last line
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), open_plain(path) as file:
         while line := file.readline(_MOST_LINE):
             if not _STAMP.match(line):
                 continue

@@ -13,6 +13,7 @@ import yaml
 from agrivision.config import flatten
 from agrivision.data.schema import Schema
 from agrivision.errors import DatasetError, one_line
+from agrivision.reading import read_plain
 from agrivision.report.attempts import FINISHED, UNKNOWN, Attempt, read_attempts
 from agrivision.report.rows import Metrics, Numbers, read_metrics
 from agrivision.rundir import RunDirectory
@@ -154,8 +155,7 @@ def read_history(path: Path, now: float, data: Path | None = None) -> History:
 def _read_config(path: Path) -> dict[str, Any]:
     """What config.yaml holds; nothing where it is none of ours."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_CONFIG + 1)
+        content = read_plain(path, _MOST_CONFIG)
         depth = 0
         for event in yaml.parse(content, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent)
@@ -163,7 +163,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             # With aliases a few lines can stand for billions.
             if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
                 return {}
-        config = yaml.safe_load(content) if len(content) <= _MOST_CONFIG else None
+        config = yaml.safe_load(content)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return _texts(config) if isinstance(config, dict) else {}

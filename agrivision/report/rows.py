@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from agrivision.errors import BadInput, one_line
 from agrivision.json_values import entries, items, label, number, parse, share, text, whole
+from agrivision.reading import open_plain
 from agrivision.rundir import best_step
 
 Numbers = NDArray[np.float64]
@@ -211,7 +212,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def _rows(path: Path) -> Iterator[Any]:
     """What each line holds; None for one that is no JSON. A torn last line is passed over."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while line := file.readline(_MOST_LINE):
             whole_line = line.endswith(b"\n")
             while not line.endswith(b"\n"):

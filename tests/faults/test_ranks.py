@@ -61,7 +61,7 @@ def lose_a_thread(rank: int, *, death: Death) -> None:
     [
         ("killed", -signal.SIGKILL, ""),
         ("bug", ExitCode.FAILED, "RuntimeError: invented"),
-        ("memory", ExitCode.HOPELESS, "out of memory: use smaller batches or fewer workers"),
+        ("memory", ExitCode.HOPELESS, "out of memory: use smaller batches, crops or tiles"),
     ],
 )
 def test_a_thread_of_the_loader_dies(

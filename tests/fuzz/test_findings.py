@@ -154,7 +154,7 @@ def test_an_index_that_is_a_pipe_is_refused(shard, tmp_path):
     path = tmp_path / "00000.tar"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(DatasetError, match="is no file"):
+    with pytest.raises(DatasetError, match="no plain file"):
         open_with(np.load(tmp_path / "00000.index.npy"))
 
 

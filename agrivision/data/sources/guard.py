@@ -18,6 +18,7 @@ from xml.etree import ElementTree as ET  # see where it reads # nosec B405
 
 from agrivision.data.parts import geodata
 from agrivision.data.sources.source import Flaw
+from agrivision.reading import open_plain
 
 IMG = ".img"
 # One driver a suffix, so that no file can choose another one.
@@ -142,7 +143,7 @@ def _listed(folder: Path, changed: int) -> dict[str, list[str]]:  # noqa: ARG001
 def _check_sidecar(path: Path) -> None:
     remedy = "remove it, or make a copy of the raster without it"
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             content = file.read(4 if path.suffix.lower() != ".xml" else _MOST_BYTES)
     except OSError as error:
         raise Flaw(path, "elsewhere", f"cannot be read ({error.strerror}): {remedy}") from None
@@ -164,7 +165,7 @@ def _check_sidecar(path: Path) -> None:
 def _check_plain(vrt: Path, source: Path) -> None:
     """Refuse a source of a VRT that is no plain raster: GDAL opens it by whatever driver knows it."""
     try:
-        with source.open("rb") as file:
+        with open_plain(source) as file:
             begin = file.read(8)
     except OSError as error:
         raise Flaw(vrt, "elsewhere", f"its source {source} cannot be read ({error.strerror})") from None
@@ -194,7 +195,7 @@ def vrt_sources(path: Path) -> Sequence[Path]:
 
 @lru_cache(maxsize=64)
 def _vrt_sources(path: Path, changed: int) -> Sequence[Path]:  # noqa: ARG001 - part of the key
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         content = file.read(_MOST_BYTES)
     # Another reader may take declarations otherwise; nothing that writes VRTs needs any.
     if len(content) == _MOST_BYTES or b"<!" in content or b"\0" in content:

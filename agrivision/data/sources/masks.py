@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,21 @@ from agrivision.errors import DatasetError
 
 Mask = NDArray[np.bool_] | bool  # (height, width), or what holds for every pixel
 
+Chunk = tuple[bytes, memoryview]  # kind and content
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN = {b"IHDR", b"IDAT", b"IEND"}
+_VALUES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by the number of the colour type
+# First row and every how many, first column and every how many; PNG specification, 8.2.
+_ADAM7 = (
+    ((0, 8), (0, 8)),
+    ((0, 8), (4, 8)),
+    ((4, 8), (0, 4)),
+    ((0, 4), (2, 4)),
+    ((2, 4), (0, 2)),
+    ((0, 2), (1, 2)),
+    ((1, 2), (0, 1)),
+)
 _METADATA = 1 << 20  # bytes of a mask besides its pixels: text, a colour profile
 NOT_WHOLE = (
     OSError,
@@ -77,13 +90,28 @@ class MaskReader:
 
     def _decode(self, path: Path | str, content: bytes) -> NDArray[np.bool_]:
         try:
-            decode = _fast if _is_plain(content, png_chunks(content)) else _any
-            pixels = decode(content, self.size)
+            pixels = png_pixels(content, self.size)
         except DatasetError as error:
             raise Flaw(path, "wrong size", str(error)) from None
         except NOT_WHOLE as error:
             raise Flaw(path, "unreadable", f"not a whole PNG ({error})") from None
-        return np.greater(pixels, 0)
+        mask: NDArray[np.bool_] = np.greater(pixels, 0)
+        return mask
+
+
+def png_pixels(content: bytes, size: tuple[int, int]) -> NDArray[Any]:
+    """Pixels of a PNG of one band and of any kind; of one with a palette the indexes.
+
+    Args:
+        content: of the file.
+        size: height and width that it must have; checked before memory is taken.
+
+    Raises:
+        DatasetError: it has another size or more bands.
+        `NOT_WHOLE`: it is damaged, or holds fewer pixels than its header says.
+    """
+    chunks = png_chunks(content)
+    return _fast(content, size) if _is_plain(content, chunks) else _any(content, chunks, size)
 
 
 def _fast(content: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -93,10 +121,11 @@ def _fast(content: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _any(content: bytes, size: tuple[int, int]) -> NDArray[Any]:
-    """Pixels of a PNG of any kind; of one with a palette the indexes."""
+def _any(content: bytes, chunks: Sequence[Chunk], size: tuple[int, int]) -> NDArray[Any]:
+    """Pixels of a PNG of any kind, by Pillow, which fills up what is missing with zeros."""
     if _size_of(content) != size:
         _check_shape((*_size_of(content), 1), size)
+    _check_complete(content, chunks)
     with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
         _check_shape((image.height, image.width, len(image.getbands())), size)
         return np.asarray(image)
@@ -112,21 +141,64 @@ def _check_shape(shape: tuple[int, int, int], size: tuple[int, int]) -> None:
         raise DatasetError(f"{describe(shape)} where {describe((*size, 1))} belong")
 
 
-def _is_plain(content: bytes, chunks: Sequence[bytes]) -> bool:
+def _check_complete(content: bytes, chunks: Sequence[Chunk]) -> None:
+    """Check that there are as many bytes of pixels as the header wants, and in one piece.
+
+    Raises:
+        ValueError: there are not.
+        zlib.error: they are damaged.
+    """
+    places = [place for place, (kind, _) in enumerate(chunks) if kind == b"IDAT"]
+    if not places or places[-1] - places[0] + 1 != len(places):
+        raise ValueError("its pixels are not in one piece")
+    wanted, found = _bytes_of_pixels(content), 0
+    inflate = zlib.decompressobj()
+    for place in places:
+        found += len(inflate.decompress(chunks[place][1], wanted - found))
+        if found == wanted:
+            return
+    raise ValueError(f"it has {found} bytes of pixels instead of {wanted}")
+
+
+def _bytes_of_pixels(content: bytes) -> int:
+    """What the pixels of a PNG take, with the byte before each row that names its filter."""
+    height, width = _size_of(content)
+    depth, colour, interlace = content[24], content[25], content[28]
+    if colour not in _VALUES or interlace > 1:
+        raise ValueError(f"there is no colour type {colour} with interlacing {interlace}")
+    bits = depth * _VALUES[colour]
+    return sum(
+        rows * (1 + (columns * bits + 7) // 8)
+        for rows, columns in _passes(height, width, interlaced=interlace == 1)
+        if columns
+    )
+
+
+def _passes(height: int, width: int, *, interlaced: bool) -> Iterator[tuple[int, int]]:
+    """Rows and columns of each of the pictures that a PNG is put together from (Adam7: seven)."""
+    if not interlaced:
+        yield height, width
+        return
+    for (top, down), (left, right) in _ADAM7:
+        yield max(0, -(-(height - top) // down)), max(0, -(-(width - left) // right))
+
+
+def _is_plain(content: bytes, chunks: Sequence[Chunk]) -> bool:
     """Grey, 8 bits, not interlaced, and with nothing in it that could change the pixels."""
     depth, colour, interlace = content[24], content[25], content[28]
-    return (depth, colour, interlace) == (8, 0, 0) and set(chunks) <= _PLAIN
+    return (depth, colour, interlace) == (8, 0, 0) and {kind for kind, _ in chunks} <= _PLAIN
 
 
-def png_chunks(content: bytes) -> list[bytes]:
-    """Kinds of the chunks; compares the checksum of each, since Pillow takes pixels as they come.
+def png_chunks(content: bytes) -> list[Chunk]:
+    """Kind and content of each chunk; compares their checksums, since Pillow takes pixels as they come.
 
     Raises:
         ValueError: it is not a PNG, is damaged, ends early, or has another header than the first.
     """
     if not content.startswith(_PNG):
         raise ValueError("its first bytes are not those of a PNG")
-    start, kind, kinds = len(_PNG), b"", []
+    view = memoryview(content)
+    start, kind, chunks = len(_PNG), b"", list[Chunk]()
     while kind != b"IEND":
         size, kind = int.from_bytes(content[start : start + 4], "big"), content[start + 4 : start + 8]
         end = start + 8 + size
@@ -134,8 +206,9 @@ def png_chunks(content: bytes) -> list[bytes]:
             raise ValueError("it ends early")
         if zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
             raise ValueError("it is damaged: a checksum differs")
+        chunks.append((kind, view[start + 8 : end]))
         start = end + 4
-        kinds.append(kind)
+    kinds = [kind for kind, _ in chunks]
     if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or int.from_bytes(content[8:12], "big") != 13:
         raise ValueError("it does not have one header at its beginning")
-    return kinds
+    return chunks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from agrivision.data.sources.layouts import find_layouts
 from agrivision.data.sources.source import UNDIVIDED, Problem
 from agrivision.data.tile import safe_name
 from agrivision.errors import SourceError
+from agrivision.reading import open_plain
 
 _MOST_BYTES = 64 << 20  # of a table: hundreds of thousands of pairs
 _FOLDERS = ("scenes", "labels")
@@ -137,7 +139,7 @@ def _from_table(table: Path, allow_vrt: bool) -> tuple[list[Pair], list[Problem]
         size = table.stat().st_size
         if size > _MOST_BYTES:
             raise SourceError(f"{table} has {size} bytes: a table of pairs has {_MOST_BYTES} at most")
-        with table.open(newline="", encoding="utf-8-sig") as file:
+        with open_plain(table) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, skipinitialspace=True))
     except (OSError, UnicodeError, csv.Error) as error:
         raise SourceError(f"cannot read {table}: {error}") from None
