@@ -37,7 +37,6 @@ class Appended:
     def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if new else 0)
-        flags |= os.O_NONBLOCK  # a pipe that nobody reads would keep us waiting for good
         try:
             self._file = os.open(path, flags, 0o666)
             self._size = os.fstat(self._file).st_size  # of what stands in the file, in whole pieces

@@ -101,7 +101,6 @@ class _FileHandler(logging.Handler):
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            flags |= os.O_NONBLOCK  # a pipe that nobody reads would keep us waiting for good
             self._file = os.open(self._path, flags, 0o666)
         return self._file
 
