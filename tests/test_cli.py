@@ -417,3 +417,9 @@ def test_a_signal_in_the_first_moments_is_heard(dataset: Path, tmp_path: Path) -
         _, said = process.communicate(timeout=120)
     assert process.returncode == ExitCode.STOPPED, said
     assert "stopped at step 1 (SIGUSR1)" in said
+
+
+def test_what_the_processor_has_no_memory_for_is_hopeless(dataset: Path, tmp_path: Path) -> None:
+    """torch's allocator says so in a RuntimeError; here of a kernel of 36 TB."""
+    command = [*brief(dataset, tmp_path / "run"), "--model.base_channels", "1000000"]
+    assert refusal(command, ExitCode.HOPELESS).startswith("out of memory: use smaller batches")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,26 @@ def test_wrong_files_are_named(tmp_path: Path, content: str, said: str) -> None:
     file.write_text(content)
     line = refusal("--config", str(file))
     assert said in line
+
+
+def test_a_file_in_utf_16_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 0\n", encoding="utf-16")
+    assert "save it as that" in refusal("--config", str(file))
+    file.write_text("seed: 7\n", encoding="utf-8-sig")
+    assert read_config(file).seed == 7
+
+
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    assert "it is no plain file" in refusal("--config", str(tmp_path / "config.yaml"))
+
+
+def test_a_section_takes_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "data.yaml"
+    file.write_text("crop: 64\n")
+    for arguments in (["--data", str(file)], [f"--data={file}"], ["--model", "x"]):
+        assert f"{arguments[0][:6]}" in (line := refusal(*arguments)) and "is a section" in line
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ every byte of the result: not on the number of workers, nor on how often the wor
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections import Counter
@@ -39,6 +40,8 @@ from agrivision.data.statistics import Sums, add_up, band_statistics
 from agrivision.data.workplace import Workplace
 from agrivision.errors import SourceError
 from agrivision.part import Part, Stop, never
+
+logger = logging.getLogger(__name__)
 
 _ORDER = (TRAIN, VAL, "test")
 _FREE_OPTIONS: dict[str, Any] = {"workers": None, "strict": False}  # the bytes do not depend on them
@@ -315,7 +318,7 @@ class _Task:
         stop: Stop,
     ) -> _Task:
         source = open_source(source_path, options)
-        _check_used(source_path, source, options)
+        _warn_of_idle(source_path, source, options)
         return cls(
             source=source,
             jobs=plan(source, options),
@@ -422,12 +425,8 @@ _OF_RASTERS = ("tile", "stride", "classes", "bands", "ignore", "allow_vrt")
 _OF_MASKS = ("edition", "assume_valid")
 
 
-def _check_used(path: Path, source: Source, options: PrepareOptions) -> None:
-    """Refuse options that would do nothing, so that nobody takes them for done.
-
-    Raises:
-        SourceError: there is such a one.
-    """
+def _warn_of_idle(path: Path, source: Source, options: PrepareOptions) -> None:
+    """Say which options do nothing for a source of this kind, so that nobody takes them for done."""
     usual, of_rasters = PrepareOptions(), source.kind == "rasters"
     idle = [*(_OF_MASKS if of_rasters else _OF_RASTERS)]
     if UNDIVIDED not in source.splits:
@@ -435,7 +434,7 @@ def _check_used(path: Path, source: Source, options: PrepareOptions) -> None:
     given = [f"--{name}" for name in idle if getattr(options, name) != getattr(usual, name)]
     if given:
         kind = "scenes and labels" if of_rasters else "an Agriculture-Vision folder"
-        raise SourceError(f"{path} is {kind}: leave out {', '.join(given)}, which would do nothing")
+        logger.warning("%s is %s: %s does nothing there", path, kind, ", ".join(given))
 
 
 def _look(path: Path, options: PrepareOptions) -> Source | None:

@@ -119,6 +119,58 @@ def test_pixels_whose_own_checksum_differs_are_refused(tmp_path):
         MaskReader(size=SIZE).read(path)
 
 
+def built(width, height, depth, colour, data, *, interlace=0, pieces=1, between=b""):
+    """A PNG of these bytes of pixels, with its checksums."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
+
+    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    packed = zlib.compress(data)
+    step = -(-len(packed) // pieces)
+    parts = [chunk(b"IDAT", packed[start : start + step]) for start in range(0, len(packed), step)]
+    header = chunk(b"IHDR", sides + bytes([depth, colour, 0, 0, interlace]))
+    return b"\x89PNG\r\n\x1a\n" + header + between.join(parts) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 3)])
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_pixels_that_are_missing_are_not_filled_up(tmp_path, depth, colour, interlace, pieces):
+    """The compressed bytes are whole, but there are fewer of them than the header says."""
+    height, width = SIZE
+    sides = [(height, width)]
+    if interlace:  # Adam7 for 7 x 5 pixels, counted by hand
+        sides = [(1, 1), (1, 1), (1, 2), (2, 1), (2, 3), (4, 2), (3, 5)]
+    full = b"".join((b"\0" + b"\xff" * ((columns * depth + 7) // 8)) * rows for rows, columns in sides)
+    palette = zlib.crc32(b"PLTE" + bytes(768)).to_bytes(4, "big")
+    palette = (768).to_bytes(4, "big") + b"PLTE" + bytes(768) + palette
+    path = tmp_path / "mask.png"
+
+    def read(data: bytes) -> np.ndarray | bool:
+        content = built(width, height, depth, colour, data, interlace=interlace, pieces=pieces)
+        path.write_bytes(content[:33] + (palette if colour == 3 else b"") + content[33:])
+        return MaskReader(size=SIZE).read(path)
+
+    assert np.all(read(full))
+    for size in (len(full) - 1, len(full) // 2, 0):
+        with pytest.raises(Flaw, match="not a whole PNG"):
+            read(full[:size])
+
+
+def test_pixels_in_two_places_are_refused(tmp_path):
+    """Pillow would take those of the first place, and zeros."""
+    height, width = SIZE
+    text = b"\0\0\0\x02tEXt" + b"a\0" + zlib.crc32(b"tEXta\0").to_bytes(4, "big")
+    data = np.random.default_rng(0).integers(0, 256, height * (2 * width + 1), np.uint8)
+    data[:: 2 * width + 1] = 0
+    path = tmp_path / "mask.png"
+    path.write_bytes(built(width, height, 16, 0, data.tobytes(), pieces=2, between=text))
+    with pytest.raises(Flaw, match="not in one piece"):
+        MaskReader(size=SIZE).read(path)
+
+
 def test_a_wrong_size_is_known_from_the_header(monkeypatch, tmp_path):
     path = tmp_path / "mask.png"
     path.write_bytes(png(np.zeros((9, 5)), "L"))

@@ -337,3 +337,26 @@ def test_options_that_make_no_sense(option):
     (name,) = option
     with pytest.raises(SourceError, match=name):
         PrepareOptions(**option)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("fields", {"tile": 32}),
+        ("fields", {"stride": 7}),
+        ("fields", {"classes": ((0, "a"), (1, "b"))}),
+        ("fields", {"bands": ("r", "g", "b", "n")}),
+        ("fields", {"ignore": 3}),
+        ("fields", {"allow_vrt": True}),
+        ("fields", {"val_fraction": 0.5}),
+        ("scenes", {"edition": "2020"}),
+        ("scenes", {"assume_valid": True}),
+    ],
+)
+def test_options_that_do_nothing_are_named(tmp_path, source, kind, option, caplog):
+    wanted = f"--{next(iter(option))} does nothing there"
+    if kind == "scenes":
+        source, option = tmp_path / "scenes-source", {**option, "tile": 16}
+        scenes.write_source(source)
+    prepare(source, tmp_path / "out", PrepareOptions(workers=1, **option))
+    assert [record.message.endswith(wanted) for record in caplog.records] == [True]

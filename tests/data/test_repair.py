@@ -22,6 +22,7 @@ from agrivision.data.prepare import PrepareOptions, prepare
 from agrivision.data.repair import repair
 from agrivision.data.schema import Schema, ShardInfo
 from agrivision.data.shards import Record, Shard, write_shard
+from agrivision.data.sources.source import Silence
 from agrivision.errors import Busy, DatasetError, ExitCode, Interrupted, SourceError
 from agrivision.locks import FileLock
 from tests.data import av, scenes
@@ -273,6 +274,22 @@ def damaged(made, tmp_path: Path) -> tuple[Path, Path]:
     flip(mine / "train/00000.tar")
     flip(mine / "train/00002.tar")
     return Path(shutil.copytree(source, tmp_path / "source")), mine
+
+
+def test_what_is_to_be_done_is_what_is_done(damaged: tuple[Path, Path]) -> None:
+    class Recorder(Silence):
+        wanted = done = 0
+
+        def total(self, tiles: int) -> None:
+            self.wanted = tiles
+
+        def advance(self, tiles: int) -> None:
+            self.done += tiles
+
+    report = Recorder()
+    repair(*damaged, PrepareOptions(workers=1), report)
+    tiles = sum(split.tiles for split in Schema.read(damaged[1]).splits.values())
+    assert report.wanted == report.done > tiles
 
 
 @pytest.mark.parametrize("harm", ["another tile", "no tiles", "another label", "other bands"])

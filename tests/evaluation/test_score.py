@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import struct
 import zipfile
@@ -129,6 +130,15 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+def write_too_few_rows(path: Path) -> None:
+    """All is whole, but there are fewer rows than the header says."""
+    Image.fromarray(np.zeros((TILE - 5, TILE), np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[20:24] = struct.pack(">I", TILE)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "size": (lambda path: write_with_shape(path, TILE, TILE + 1), f"{TILE + 1} x {TILE} pixels"),
     "id": (write_with_id, "value 9"),
@@ -141,6 +151,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "not a PNG"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-20]), "not a whole PNG"),
     "damaged": (damage, "not a whole PNG"),
+    "too few rows": (write_too_few_rows, "not a whole PNG"),
 }
 
 
@@ -154,6 +165,15 @@ def test_a_bad_png_is_named_with_what_is_wrong(
     line = refused(zipped(copy, tmp_path / "a.zip") if packed else copy, dataset)
     assert f"{KEYS[2]}.png" in line
     assert words in line
+
+
+def test_a_pipe_is_not_waited_for(dataset: Path, copy: Path, tmp_path: Path) -> None:
+    path = copy / f"{KEYS[2]}.png"
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{KEYS[2]}.png in {copy}: it is no plain file" in refused(copy, dataset)
+    os.mkfifo(tmp_path / "a.zip")
+    assert "it is no plain file" in refused(tmp_path / "a.zip", dataset)
 
 
 def test_two_pngs_of_one_tile(dataset: Path, copy: Path) -> None:

@@ -27,7 +27,14 @@ from rasterio.transform import Affine
 from torch import Tensor, nn
 
 from agrivision import cli
-from agrivision.errors import AgrivisionError, BadInput, ExitCode, NotWritable, StorageError
+from agrivision.errors import (
+    AgrivisionError,
+    BadInput,
+    ExitCode,
+    NotWritable,
+    SourceError,
+    StorageError,
+)
 from agrivision.inference.predict import PredictOptions, predict
 from agrivision.inference.products import Products
 from agrivision.inference.resampling import Taps
@@ -118,6 +125,15 @@ def refused(
     assert line == " ".join(line.split())
     assert not out.exists() or not [path for path in out.iterdir() if path.name != ".predict"]
     return line
+
+
+@pytest.mark.parametrize("character", ["\x01", "\x1b"])
+def test_a_name_that_gdal_cannot_write_down(
+    trained: TrainedModel, image: Image_, tmp_path: Path, character: str
+) -> None:
+    path = write_scene(tmp_path / f"a{character}b.tif", image)
+    line = refused(trained, [path], tmp_path / "maps", kind=SourceError)
+    assert "a control character in its name: rename it" in line
 
 
 def coloured(path: Path, pixels: Image_, colours: list[ColorInterp], **profile: Any) -> Path:
