@@ -62,6 +62,7 @@ def _seeds() -> tuple[bytes, ...]:
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20), 9)) * 3
     profile = chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1 << 22), 9))
     bomb = chunk(b"IDAT", zlib.compress(bytes(1 << 22), 9))
+    short = chunk(b"IDAT", zlib.compress(bytes(_SIDE + 1))) + end
     own = _SIGNATURE + header(_SIDE, _SIDE)
     return (
         plain,
@@ -77,6 +78,8 @@ def _seeds() -> tuple[bytes, ...]:
         own + chunk(b"acTL", struct.pack(">II", 2, 0)) + body,
         _SIGNATURE + header(_SIDE, _SIDE, interlace=1) + body,
         own + chunk(b"tRNS", b"\0\1") + body,
+        own + chunk(b"tEXt", b"a\0") + short,
+        _SIGNATURE + header(_SIDE, _SIDE, depth=1) + short,
     )
 
 
@@ -142,6 +145,27 @@ def _slowly(content: bytes) -> np.ndarray | None:
     return np.array(rows, np.uint8)
 
 
+def _assert_whole(content: bytes) -> None:
+    """What is taken has at least the bytes that so many pixels need; Pillow makes up the others."""
+    width, height, depth, colour = struct.unpack_from(">IIBB", content, 16)
+    data = zlib.decompressobj().decompress(
+        b"".join(piece for kind, piece in _until_the_end(content) if kind == b"IDAT"), 1 << 20
+    )
+    bits = width * height * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    assert len(data) >= bits // 8 + height, "pixels are missing"
+
+
+def _until_the_end(content: bytes) -> list[tuple[bytes, bytes]]:
+    """The chunks up to the first IEND, whatever comes after it."""
+    start, kind, chunks = len(_SIGNATURE), b"", []
+    while kind != b"IEND":
+        (size,) = struct.unpack_from(">I", content, start)
+        kind = content[start + 4 : start + 8]
+        chunks.append((kind, content[start + 8 : start + 8 + size]))
+        start += 12 + size
+    return chunks
+
+
 def _unfiltered(kind: int, line: list[int], above: list[int]) -> list[int] | None:
     row: list[int] = []
     for x, value in enumerate(line):
@@ -165,6 +189,7 @@ def mask(folder: Path) -> Target:
         found = answer(lambda: reader.read(path), path)
         if found is REFUSED:
             return
+        _assert_whole(data)
         again = reader.read(path)
         assert np.array_equal(found, again)
         whole = np.broadcast_to(found, (_SIDE, _SIDE))
@@ -223,13 +248,14 @@ def prediction(folder: Path) -> Target:
         matrix = answer(lambda: scoring._score_tile(predictions, reader, 0, "tile0"), path.name)
         if matrix is REFUSED:
             return
+        _assert_whole(data)
         slowly = _slowly(data)
         if slowly is None:
             with Pillow.open(io.BytesIO(data), formats=["PNG"]) as image:
                 slowly = np.asarray(image)
         assert slowly.max() <= 1
-        counts = [[int(((truth == t) & (slowly == p)).sum()) for p in (0, 1)] for t in (0, 1)]
-        assert sorted(matrix.flatten().tolist()) == sorted(np.array(counts).flatten().tolist())
+        counts = [[int(((truth == t) & (slowly == p)).sum()) for t in (0, 1)] for p in (0, 1)]
+        assert matrix.tolist() == counts  # rows predicted, columns true
 
     return Target(seeds=_seeds(), run=run, mutate=_mutate_png)
 
