@@ -207,7 +207,7 @@ def _check_file(path: Path) -> None:
     except FileNotFoundError:
         raise ConfigurationError(f"there is no configuration file {path}") from None
     except OSError as error:
-        raise ConfigurationError(f"cannot read the configuration {path}: {error}") from None
+        raise ConfigurationError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:  # a date that is none is a ValueError
         where = " ".join(str(error).split())
         raise ConfigurationError(f"the configuration {path} is not valid YAML: {where}") from None

@@ -420,15 +420,15 @@ def open_source(path: Path, options: PrepareOptions) -> Source:
     return uncompressed(source) if options.raw else source
 
 
-# Options that only one kind of source asks for; what such a one holds does not change it.
+# Options that only one kind of source asks for.
 _OF_RASTERS = ("tile", "stride", "classes", "bands", "ignore", "allow_vrt")
-_OF_MASKS = ("edition", "assume_valid")
+_OF_AGRICULTURE_VISION = ("edition", "assume_valid")
 
 
 def _warn_of_idle(path: Path, source: Source, options: PrepareOptions) -> None:
     """Say which options do nothing for a source of this kind, so that nobody takes them for done."""
     usual, of_rasters = PrepareOptions(), source.kind == "rasters"
-    idle = [*(_OF_MASKS if of_rasters else _OF_RASTERS)]
+    idle = list(_OF_AGRICULTURE_VISION if of_rasters else _OF_RASTERS)
     if UNDIVIDED not in source.splits:
         idle.append("val_fraction")
     given = [f"--{name}" for name in idle if getattr(options, name) != getattr(usual, name)]

@@ -222,7 +222,8 @@ class Schema:
             hint = _hint(folder)
             raise DatasetError(f"no {FILE_NAME} in {folder}: {hint}") from None
         except (OSError, ValueError) as error:
-            raise DatasetError(f"cannot read {path}: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DatasetError(f"cannot read {path}: {reason}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise DatasetError(f"{path} does not describe a prepared data set")
         if content.get("version") != VERSION:

@@ -56,7 +56,7 @@ _MOST_OPEN = 256  # shards that a reader keeps open, where the process may open 
 # it at once (SystemError: AST constructor recursion depth mismatch).
 _HEADER = threading.Lock()
 _LASTING = {
-    errno.EINVAL,
+    errno.EINVAL,  # no plain file
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import agrivision
 from agrivision.data.labels import MAX_CLASSES
 from agrivision.data.schema import DTYPES, MAX_TILE
-from agrivision.errors import AgrivisionError, CheckpointError
+from agrivision.errors import AgrivisionError
 from agrivision.inference.trained import Description, TrainedModel
 from agrivision.json_values import entries, label, number, parse, shown, whole
-from agrivision.reading import open_plain
 
 KEY = "agrivision"  # of the entry in a file's metadata
 _FORMAT = "agrivision-export"
 _VERSION = 1
-_MOST_BYTES = 8 << 30  # of a file: read as a whole
 _WIDEST = 1 << 14  # channels
 
 
@@ -124,19 +120,3 @@ def _each(read: Callable[[Any], object], values: Any) -> tuple[object, ...]:
 
 def _value(value: Any) -> int:
     return whole(value, -(2**63))
-
-
-def content_of(path: Path) -> bytes:
-    """The content of a plain file; of a pipe or a device nothing is read.
-
-    Raises:
-        CheckpointError: it is none, is too large or cannot be read.
-    """
-    try:
-        with open_plain(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MOST_BYTES:
-                raise CheckpointError(f"{path} has {size} bytes: too large to be read")
-            return file.read(size)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

@@ -19,15 +19,17 @@ from safetensors import SafetensorError
 
 from agrivision import checkpoint
 from agrivision.errors import CheckpointError
-from agrivision.inference.about import KEY, About, content_of
+from agrivision.inference.about import KEY, About
 from agrivision.inference.onnx_network import OnnxNetwork, read_onnx
 from agrivision.inference.program import Program, read_program
 from agrivision.inference.trained import TrainedModel, load_run, with_weights
 from agrivision.json_values import entries, parse, text
+from agrivision.reading import read_plain
 
 Form = Literal["safetensors", "torch-export", "onnx"]
 SUFFIXES: dict[Form, str] = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 
+_MOST_BYTES = 8 << 30  # of a file: read as a whole
 _HEADER = struct.Struct("<Q")
 _MOST_HEADER_BYTES = 100_000_000  # as in the safetensors library
 _TRIAL = (1, 5, 7)  # images, rows and columns: sizes that no network halves
@@ -77,7 +79,12 @@ def load_exported(path: Path, form: Form, device: str | torch.device | None = No
         BadInput: it needs a package that is not installed.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    content = content_of(path)
+    try:
+        content = read_plain(path, _MOST_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
     try:
         trained = _READERS[form](path, content, chosen)
         _try_out(trained)

@@ -291,9 +291,11 @@ def check_outputs(paths: Sequence[Path], out: Path, products: Products) -> None:
     for path in paths:
         if taken.get(f"{path.stem}.tif") == path:
             raise SourceError(f"{path} is given twice: leave one out")
-        if _CONTROL.search(path.stem):
-            raise SourceError(f"{path} has a control character in its name: rename it")
         for target in outputs(path, out, products):
+            if _CONTROL.search(str(target.absolute())):
+                raise SourceError(
+                    f"{path} cannot become {target}, a name with a control character: rename it"
+                )
             if target.suffix == GEOPACKAGE:
                 check_name(target)
             if target.name in taken:

@@ -15,6 +15,7 @@ from PIL import Image
 from agrivision.data.sources import masks as module
 from agrivision.data.sources.masks import MaskReader
 from agrivision.data.sources.source import Flaw
+from tests.fuzz.pngs import chunk, header
 
 SIZE = (7, 5)
 
@@ -121,17 +122,12 @@ def test_pixels_whose_own_checksum_differs_are_refused(tmp_path):
 
 def built(width, height, depth, colour, data, *, interlace=0, pieces=1, between=b""):
     """A PNG of these bytes of pixels, with its checksums."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(kind + content)
-        return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
-
-    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     packed = zlib.compress(data)
     step = -(-len(packed) // pieces)
     parts = [chunk(b"IDAT", packed[start : start + step]) for start in range(0, len(packed), step)]
-    header = chunk(b"IHDR", sides + bytes([depth, colour, 0, 0, interlace]))
-    return b"\x89PNG\r\n\x1a\n" + header + between.join(parts) + chunk(b"IEND", b"")
+    begin = b"\x89PNG\r\n\x1a\n" + header(width, height, depth, colour, interlace)
+    palette = chunk(b"PLTE", bytes(768)) if colour == 3 else b""
+    return begin + palette + between.join(parts) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 3)])
@@ -144,13 +140,10 @@ def test_pixels_that_are_missing_are_not_filled_up(tmp_path, depth, colour, inte
     if interlace:  # Adam7 for 7 x 5 pixels, counted by hand
         sides = [(1, 1), (1, 1), (1, 2), (2, 1), (2, 3), (4, 2), (3, 5)]
     full = b"".join((b"\0" + b"\xff" * ((columns * depth + 7) // 8)) * rows for rows, columns in sides)
-    palette = zlib.crc32(b"PLTE" + bytes(768)).to_bytes(4, "big")
-    palette = (768).to_bytes(4, "big") + b"PLTE" + bytes(768) + palette
     path = tmp_path / "mask.png"
 
     def read(data: bytes) -> np.ndarray | bool:
-        content = built(width, height, depth, colour, data, interlace=interlace, pieces=pieces)
-        path.write_bytes(content[:33] + (palette if colour == 3 else b"") + content[33:])
+        path.write_bytes(built(width, height, depth, colour, data, interlace=interlace, pieces=pieces))
         return MaskReader(size=SIZE).read(path)
 
     assert np.all(read(full))
@@ -159,10 +152,16 @@ def test_pixels_that_are_missing_are_not_filled_up(tmp_path, depth, colour, inte
             read(full[:size])
 
 
+@pytest.mark.parametrize("mode", ["L", "1", "P", "I;16"])
+def test_pixels_can_be_written(mode):
+    """Else torch warns those who score them."""
+    assert module.png_pixels(png(np.zeros(SIZE), mode), SIZE).flags.writeable
+
+
 def test_pixels_in_two_places_are_refused(tmp_path):
     """Pillow would take those of the first place, and zeros."""
     height, width = SIZE
-    text = b"\0\0\0\x02tEXt" + b"a\0" + zlib.crc32(b"tEXta\0").to_bytes(4, "big")
+    text = chunk(b"tEXt", b"a\0")
     data = np.random.default_rng(0).integers(0, 256, height * (2 * width + 1), np.uint8)
     data[:: 2 * width + 1] = 0
     path = tmp_path / "mask.png"

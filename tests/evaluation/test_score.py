@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from agrivision.data.labels import MAX_CLASSES, decompress_into
 from agrivision.data.schema import Schema
@@ -165,6 +166,16 @@ def test_a_bad_png_is_named_with_what_is_wrong(
     line = refused(zipped(copy, tmp_path / "a.zip") if packed else copy, dataset)
     assert f"{KEYS[2]}.png" in line
     assert words in line
+
+
+def test_pngs_with_words_in_them_score_the_same(dataset: Path, copy: Path) -> None:
+    """Pillow reads these, and libpng those that hold pixels alone."""
+    words = PngInfo()
+    words.add_text("a", "b")
+    for path in copy.glob("*.png"):
+        with Image.open(path) as image:
+            image.copy().save(path, pnginfo=words)
+    assert score_folder(copy, dataset, "val").miou == 1.0
 
 
 def test_a_pipe_is_not_waited_for(dataset: Path, copy: Path, tmp_path: Path) -> None:

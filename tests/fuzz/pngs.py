@@ -6,6 +6,8 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,7 @@ def _mutate_png(seeds: Any, program: bytes) -> bytes:
     steps = Program(program)
     if steps.number(3) == 0:
         return mutate_bytes(seeds, program[1:])
-    chunks = _chunks(steps.choice(seeds))
+    chunks = list(_chunks(steps.choice(seeds)))
     for _ in range(1 + steps.number(3)):
         place = steps.number(len(chunks))
         kind, content = chunks[place]
@@ -98,7 +100,7 @@ def _mutate_png(seeds: Any, program: bytes) -> bytes:
         elif what == 1:
             chunks.insert(steps.number(len(chunks) + 1), (kind, content))
         elif what == 2:
-            others = _chunks(steps.choice(seeds))
+            others = list(_chunks(steps.choice(seeds)))
             chunks.insert(place, steps.choice(others))
         else:
             changed = bytearray(content)
@@ -110,13 +112,12 @@ def _mutate_png(seeds: Any, program: bytes) -> bytes:
     return _SIGNATURE + b"".join(chunk(kind, content) for kind, content in chunks)
 
 
-def _chunks(content: bytes) -> list[tuple[bytes, bytes]]:
-    start, chunks = len(_SIGNATURE), []
+def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    start = len(_SIGNATURE)
     while start < len(content):
         (size,) = struct.unpack_from(">I", content, start)
-        chunks.append((content[start + 4 : start + 8], content[start + 8 : start + 8 + size]))
+        yield content[start + 4 : start + 8], content[start + 8 : start + 8 + size]
         start += 12 + size
-    return chunks
 
 
 def _slowly(content: bytes) -> np.ndarray | None:
@@ -124,7 +125,7 @@ def _slowly(content: bytes) -> np.ndarray | None:
     if not content.startswith(_SIGNATURE + header(_SIDE, _SIDE)):
         return None
     try:
-        chunks = _chunks(content)
+        chunks = list(_chunks(content))
         data = zlib.decompressobj().decompress(
             b"".join(piece for kind, piece in chunks if kind == b"IDAT"), 1 << 20
         )
@@ -148,22 +149,11 @@ def _slowly(content: bytes) -> np.ndarray | None:
 def _assert_whole(content: bytes) -> None:
     """What is taken has at least the bytes that so many pixels need; Pillow makes up the others."""
     width, height, depth, colour = struct.unpack_from(">IIBB", content, 16)
-    data = zlib.decompressobj().decompress(
-        b"".join(piece for kind, piece in _until_the_end(content) if kind == b"IDAT"), 1 << 20
-    )
+    until_the_end = takewhile(lambda chunk: chunk[0] != b"IEND", _chunks(content))
+    pieces = b"".join(piece for kind, piece in until_the_end if kind == b"IDAT")
+    data = zlib.decompressobj().decompress(pieces, 1 << 20)
     bits = width * height * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     assert len(data) >= bits // 8 + height, "pixels are missing"
-
-
-def _until_the_end(content: bytes) -> list[tuple[bytes, bytes]]:
-    """The chunks up to the first IEND, whatever comes after it."""
-    start, kind, chunks = len(_SIGNATURE), b"", []
-    while kind != b"IEND":
-        (size,) = struct.unpack_from(">I", content, start)
-        kind = content[start + 4 : start + 8]
-        chunks.append((kind, content[start + 8 : start + 8 + size]))
-        start += 12 + size
-    return chunks
 
 
 def _unfiltered(kind: int, line: list[int], above: list[int]) -> list[int] | None:

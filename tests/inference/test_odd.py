@@ -133,7 +133,10 @@ def test_a_name_that_gdal_cannot_write_down(
 ) -> None:
     path = write_scene(tmp_path / f"a{character}b.tif", image)
     line = refused(trained, [path], tmp_path / "maps", kind=SourceError)
-    assert "a control character in its name: rename it" in line
+    assert "a name with a control character: rename it" in line
+    plain = write_scene(tmp_path / "plain.tif", image)
+    out = tmp_path / f"a{character}b"
+    assert "a control character" in refused(trained, [plain], out, kind=SourceError)
 
 
 def coloured(path: Path, pixels: Image_, colours: list[ColorInterp], **profile: Any) -> Path:

@@ -128,7 +128,7 @@ def _any(content: bytes, chunks: Sequence[Chunk], size: tuple[int, int]) -> NDAr
     _check_complete(content, chunks)
     with Pillow.open(io.BytesIO(content), formats=["PNG"]) as image:
         _check_shape((image.height, image.width, len(image.getbands())), size)
-        return np.asarray(image)
+        return np.array(image)  # torch warns of pixels that cannot be written
 
 
 def _size_of(content: bytes) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +12,7 @@ from typing import NamedTuple, Protocol
 from agrivision.data.schema import Part
 from agrivision.data.tile import Tile
 from agrivision.errors import SourceError, one_line
+from agrivision.reading import read_plain
 
 Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, ends excluded
 
@@ -60,25 +59,14 @@ def content_of(path: Path | str, most: int = _MOST_BYTES) -> bytes:
         most: bytes that it may have.
 
     Raises:
-        Flaw: it cannot be read, is no file, or is larger.
+        Flaw: it cannot be read, is no plain file, or is larger.
     """
     try:
-        # A tile is many files, and a file object costs as much as all of these together. A pipe
-        # without a writer would keep us waiting for good.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise Flaw(path, "unreadable", "is no file")
-            if status.st_size > most:
-                what = f"has {status.st_size} bytes where {most} are the most"
-                raise Flaw(path, "unreadable", what)
-            content = os.read(descriptor, status.st_size)
-        finally:
-            os.close(descriptor)
-        return content if len(content) == status.st_size else Path(path).read_bytes()
+        return read_plain(path, most)
     except OSError as error:
         raise Flaw(path, "unreadable", f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise Flaw(path, "unreadable", str(error)) from None
 
 
 class Report(Protocol):
